@@ -1,0 +1,1 @@
+"""Kernels: ``reference`` is plain torch and defines each of them, ``triton`` is the same, fast. Nothing imports vLLM."""

@@ -1,0 +1,30 @@
+"""The definition of every kernel in plain torch, float32, one row at a time: what the fast kernels are held to."""
+
+from vllm_rc_backend.kernels.reference.decode import decode_dense, decode_sparse
+from vllm_rc_backend.kernels.reference.paged import PagedKV
+from vllm_rc_backend.kernels.reference.select import reduce_group, score_pages, select_pages
+from vllm_rc_backend.kernels.reference.statistics import (
+    decode_statistics,
+    encode_statistics,
+    finish_pages,
+    finished_pages,
+)
+from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags, absorb_pages, plan_summaries, read_state
+
+__all__ = [
+    "PagedKV",
+    "SummaryPlan",
+    "SummaryTags",
+    "absorb_pages",
+    "decode_dense",
+    "decode_sparse",
+    "decode_statistics",
+    "encode_statistics",
+    "finish_pages",
+    "finished_pages",
+    "plan_summaries",
+    "read_state",
+    "reduce_group",
+    "score_pages",
+    "select_pages",
+]

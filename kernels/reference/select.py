@@ -1,0 +1,55 @@
+"""Scoring the mid region's pages for one query and choosing the Top-K of each KV head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.selection import PagePolicy
+
+
+def reduce_group(scores: Tensor, rule: str) -> Tensor:
+    """One score per (KV head, page) from those of its query heads.
+
+    Args:
+        scores: ``[heads, group, pages]``.
+        rule: ``max``; ``mean``; or ``softmax``: the sum over the query heads of the page's share of that head's
+            softmax over pages.
+
+    Returns:
+        ``[heads, pages]``.
+    """
+    if rule == "max":
+        return scores.amax(dim=1)
+    if rule == "mean":
+        return scores.mean(dim=1)
+    if rule == "softmax":
+        return scores.softmax(dim=-1).sum(dim=1)
+    raise ValueError(f"group rule {rule!r} is not max, mean or softmax")
+
+
+def score_pages(query: Tensor, statistics: Tensor, policy: PagePolicy, rule: str) -> Tensor:
+    """Page scores of one row.
+
+    Args:
+        query: float32 ``[heads, group, head_size]``, multiplied by the softmax scale.
+        statistics: float32 ``[heads, pages, vectors, head_size]`` of the mid region's pages (or their keys
+            ``[heads, pages, page_size, head_size]`` if the policy reads keys).
+
+    Returns:
+        ``[heads, pages]``.
+    """
+    return reduce_group(policy.score(query, statistics), rule)
+
+
+def select_pages(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` best pages of each KV head, ascending. Ties go to the earlier page.
+
+    Args:
+        scores: ``[heads, pages]``.
+
+    Returns:
+        int64 ``[heads, count]``.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=-1).values

@@ -1,0 +1,74 @@
+"""Page statistics: computed from the cache when a page is finished, stored at 16 or 8 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.kernels.reference.paged import PagedKV
+from vllm_rc_backend.selection import PagePolicy
+
+
+def finished_pages(seq_len: int, query_len: int, page_size: int) -> range:
+    """Logical pages whose last token was written by a step that left the sequence at ``seq_len``."""
+    return range((seq_len - query_len) // page_size, seq_len // page_size)
+
+
+def encode_statistics(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Round to the stored form.
+
+    bfloat16 is stored as it is. int8 is symmetric with one float16 scale per vector, rounded up so that nothing is
+    clipped.
+
+    Args:
+        statistics: float32 ``[..., vectors, head_size]``.
+        dtype: ``torch.bfloat16`` or ``torch.int8``.
+
+    Returns:
+        The codes, and the scales ``[..., vectors]`` for int8.
+    """
+    if dtype == torch.bfloat16:
+        return statistics.to(dtype), None
+    scales = (statistics.abs().amax(dim=-1) / 127).clamp(min=2.0**-14)
+    # The next float16 up: a scale rounded down would push the largest element past 127.
+    rounded = scales.half()
+    up = (rounded.view(torch.int16) + 1).view(torch.float16)
+    rounded = torch.where(rounded.float() < scales, up, rounded)
+    codes = (statistics / rounded.float().unsqueeze(-1)).round().clamp(-127, 127)
+    return codes.to(torch.int8), rounded
+
+
+def decode_statistics(codes: Tensor, scales: Tensor | None) -> Tensor:
+    """float32 statistics from the stored form."""
+    return codes.float() if scales is None else codes.float() * scales.float().unsqueeze(-1)
+
+
+def finish_pages(
+    kv: PagedKV,
+    block_table: Tensor,
+    seq_lens: list[int],
+    query_lens: list[int],
+    policy: PagePolicy,
+    codes: Tensor,
+    scales: Tensor | None,
+) -> None:
+    """Store the statistics of every page that this step finished. A pure function of the cache's content.
+
+    Args:
+        kv: the cache, this step's tokens already written.
+        block_table: int ``[rows, max_blocks]``.
+        seq_lens, query_lens: tokens in the sequence after this step, and of them new; a padding row has 0 and 0.
+        policy: what to compute.
+        codes: ``[pages, heads, vectors, head_size]``, the store, written in place at physical page ids.
+        scales: ``[pages, heads, vectors]`` or None.
+    """
+    for row, (seq_len, query_len) in enumerate(zip(seq_lens, query_lens, strict=True)):
+        pages = finished_pages(seq_len, query_len, kv.page_size)
+        if not pages:
+            continue
+        ids = kv.page_ids(block_table[row], torch.tensor(pages, device=block_table.device))
+        keys, _ = kv.read(ids.unsqueeze(0))
+        new_codes, new_scales = encode_statistics(policy.statistics(keys).transpose(0, 1), codes.dtype)
+        codes[ids] = new_codes
+        if scales is not None and new_scales is not None:
+            scales[ids] = new_scales

@@ -1,0 +1,185 @@
+"""Summaries: the completion's state over the mid region, kept per page prefix in a fixed number of slots.
+
+A slot holds the state over ``[sink_pages, m)`` of some sequence and is tagged with the physical id of page ``m - 1``:
+block tables are append-only, so that page identifies the whole prefix. Nothing is keyed by request or row. A step
+looks its rows up by tag; a tag that is not there is rebuilt from the pages themselves. A page that is rewritten loses
+its tag first, so a stale state cannot be found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.completion import Completion
+from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.kernels.reference.paged import PagedKV
+from vllm_rc_backend.kernels.reference.statistics import finished_pages
+
+
+@dataclass
+class SummaryTags:
+    """Which page prefix each slot holds; shared by all layers of a KV-cache group.
+
+    Attributes:
+        slot_page: int32 ``[slots]``, the page a slot is tagged with, -1 if free.
+        page_slot: int32 ``[pages]``, the slot that a page was last given, or -1; valid only if the slot agrees.
+        next_slot: int32 ``[1]``, where the search for a free slot begins, so that the oldest states go first.
+    """
+
+    slot_page: Tensor
+    page_slot: Tensor
+    next_slot: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, pages: int, device: torch.device | str = "cpu") -> SummaryTags:
+        """All slots free."""
+
+        def full(size: int, value: int) -> Tensor:
+            return torch.full((size,), value, dtype=torch.int32, device=device)
+
+        return cls(full(slots, -1), full(pages, -1), full(1, 0))
+
+    def find(self, page: int) -> int:
+        """The slot that holds the prefix ending with ``page``, or -1."""
+        slot = int(self.page_slot[page])
+        return slot if slot >= 0 and int(self.slot_page[slot]) == page else -1
+
+
+@dataclass(frozen=True)
+class SummaryPlan:
+    """What each row does in this step, the same in every layer of the group.
+
+    Row r copies slot ``source[r]`` (-1: starts from zero), adds logical pages ``[first[r], last[r])``, stores the
+    result in ``slot[r]`` and reads it. ``slot[r] == -1``: the row is dense, or has no summary. Nothing is added where
+    ``first[r] == last[r]``.
+    """
+
+    slot: Tensor
+    source: Tensor
+    first: Tensor
+    last: Tensor
+
+
+def plan_summaries(
+    tags: SummaryTags,
+    geometry: Geometry,
+    block_table: Tensor,
+    seq_lens: list[int],
+    query_lens: list[int],
+) -> SummaryPlan:
+    """Find or assign a slot for every row that decodes sparsely, and update the tags.
+
+    1. Pages that this step rewrites lose their tag.
+    2. A row whose mid region is held by a slot reads it as it is; several rows may share one.
+    3. A row that is held up to the previous step's mid region advances: in place if it is alone with that slot, into
+       a new slot otherwise (sequences that share a prefix part here).
+    4. Any other row is rebuilt from the first mid page into a new slot. No free slot: no summary in this step.
+
+    Args:
+        block_table: int ``[rows, max_blocks]``.
+        seq_lens, query_lens: see ``finish_pages``. Rows with ``query_len != 1`` (prefill, padding) get no summary.
+    """
+    per_block = geometry.pages_per_block
+
+    def page_id(row: int, page: int) -> int:
+        return int(block_table[row, page // per_block]) * per_block + page % per_block
+
+    rows = range(len(seq_lens))
+    for row in rows:
+        for page in finished_pages(seq_lens[row], query_lens[row], geometry.page_size):
+            tags.page_slot[page_id(row, page)] = -1
+
+    plan = SummaryPlan(*(torch.full((len(seq_lens),), value, dtype=torch.int32) for value in (-1, -1, 0, 0)))
+    users = torch.zeros_like(tags.slot_page)  # rows that need what a slot holds now
+    waiting = []
+    for row in rows:
+        if query_lens[row] != 1 or not geometry.is_sparse(seq_lens[row]):
+            continue
+        mid_end, before = geometry.mid_end(seq_lens[row]), geometry.mid_end(seq_lens[row] - 1)
+        slot = tags.find(page_id(row, mid_end - 1))
+        if slot >= 0:
+            plan.slot[row] = slot
+            plan.first[row] = plan.last[row] = mid_end
+            users[slot] += 1
+            continue
+        source = tags.find(page_id(row, before - 1)) if before > geometry.sink_pages else -1
+        plan.source[row] = source
+        plan.first[row] = before if source >= 0 else geometry.sink_pages
+        plan.last[row] = mid_end
+        if source >= 0:
+            users[source] += 1
+        waiting.append(row)
+
+    slots = len(tags.slot_page)
+    start = int(tags.next_slot)
+    free = [s % slots for s in range(start, start + slots) if users[s % slots] == 0]
+    taken = 0
+    for row in waiting:
+        source = int(plan.source[row])
+        if source >= 0 and users[source] == 1:
+            slot = source
+        elif taken < len(free):
+            slot = free[taken]
+            taken += 1
+        else:
+            plan.source[row], plan.first[row], plan.last[row] = -1, 0, 0
+            continue
+        page = page_id(row, int(plan.last[row]) - 1)
+        plan.slot[row] = slot
+        tags.slot_page[slot] = page
+        tags.page_slot[page] = slot
+    if taken:
+        tags.next_slot.fill_((free[taken - 1] + 1) % slots)
+    return plan
+
+
+def split_planes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as the sum of two bfloat16 planes.
+
+    Together they keep about 16 bits, enough to accumulate in; the high plane alone is the rounding to bfloat16 that
+    decoding reads, at half the bytes.
+    """
+    high = x.bfloat16()
+    return high, (x - high.float()).bfloat16()
+
+
+def absorb_pages(
+    kv: PagedKV, block_table: Tensor, plan: SummaryPlan, completion: Completion, states: Tensor
+) -> None:
+    """Carry out a plan for one layer.
+
+    Args:
+        kv: the cache.
+        block_table: int ``[rows, max_blocks]``.
+        plan: from ``plan_summaries``.
+        completion: the estimator.
+        states: bfloat16 ``[slots, heads, 2, state_rows, head_size]`` (high and low plane), written in place.
+    """
+    # Rows are independent: a slot that is copied is overwritten by nobody but its only user.
+    for row, slot in enumerate(plan.slot.tolist()):
+        first, last = int(plan.first[row]), int(plan.last[row])
+        if slot < 0 or first == last:
+            continue
+        keys, values = kv.read_range(block_table[row], first * kv.page_size, last * kv.page_size)
+        state = completion.contribution(keys, values)
+        source = int(plan.source[row])
+        if source >= 0:
+            state = state + states[source].float().sum(dim=1)
+        states[slot] = torch.stack(split_planes(state), dim=1)
+
+
+def read_state(planes: Tensor, precise_rows: int) -> Tensor:
+    """The state as decoding reads it: the high plane, and both planes of the last ``precise_rows`` rows.
+
+    Args:
+        planes: bfloat16 ``[heads, 2, state_rows, head_size]``.
+
+    Returns:
+        float32 ``[heads, state_rows, head_size]``.
+    """
+    high, low = planes.float().unbind(dim=1)
+    rows = high.shape[1] - precise_rows
+    return torch.cat((high[:, :rows], high[:, rows:] + low[:, rows:]), dim=1)

@@ -1,0 +1,86 @@
+"""One decode step of one layer: finish pages, score, select, attend and complete. Plain torch, for any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.kernels import reference
+from vllm_rc_backend.kernels.reference import PagedKV, SummaryPlan
+from vllm_rc_backend.side_store import SideStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, lengths on the host.
+
+    Attributes:
+        block_table: int ``[rows, max_blocks]``.
+        seq_lens: tokens in each sequence after this step.
+        query_lens: tokens of this step.
+        plan: the summaries' plan, shared by all layers of the group; None without a completion.
+    """
+
+    block_table: Tensor
+    seq_lens: list[int]
+    query_lens: list[int]
+    plan: SummaryPlan | None
+
+
+class ReferenceAttention:
+    """Sparse attention by the reference kernels."""
+
+    def __init__(self, store: SideStore, scale: float, group_rule: str) -> None:
+        self.store = store
+        self.scale = scale
+        self.group_rule = group_rule
+
+    def update(self, kv: PagedKV, batch: Batch) -> None:
+        """Bring the side store up to this step: statistics of finished pages, then summaries."""
+        layout = self.store.layout
+        reference.finish_pages(
+            kv,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_lens,
+            layout.policy,
+            self.store.codes,
+            self.store.scales,
+        )
+        if batch.plan is not None:
+            reference.absorb_pages(kv, batch.block_table, batch.plan, layout.completion, self.store.states)
+
+    def decode(self, query: Tensor, kv: PagedKV, batch: Batch, row: int) -> tuple[Tensor, float]:
+        """Attention of one sparse decode row.
+
+        Args:
+            query: ``[query_heads, head_size]``, unscaled.
+
+        Returns:
+            float32 ``[query_heads, head_size]``, and the mean share of the residual in the softmax mass.
+        """
+        layout, block_table, seq_len = self.store.layout, batch.block_table[row], batch.seq_lens[row]
+        geometry = layout.geometry
+        q = query.float().unflatten(0, (layout.heads, -1)) * self.scale
+
+        mid = torch.arange(geometry.sink_pages, geometry.mid_end(seq_len), device=query.device)
+        scores = reference.score_pages(q, self._statistics(kv, block_table, mid), layout.policy, self.group_rule)
+        pages = reference.select_pages(scores, geometry.retrieved_pages(seq_len)) + geometry.sink_pages
+
+        slot = -1 if batch.plan is None else int(batch.plan.slot[row])
+        state = None
+        if slot >= 0:
+            state = reference.read_state(self.store.states[slot], layout.completion.precise_rows)
+        output, residual = reference.decode_sparse(
+            q, kv, block_table, seq_len, geometry, pages, layout.completion, state
+        )
+        return output.flatten(0, 1), float(residual.mean())
+
+    def _statistics(self, kv: PagedKV, block_table: Tensor, pages: Tensor) -> Tensor:
+        ids = kv.page_ids(block_table, pages)
+        if self.store.layout.policy.reads_keys:
+            return kv.read(ids.unsqueeze(0))[0]
+        scales = None if self.store.scales is None else self.store.scales[ids]
+        return reference.decode_statistics(self.store.codes[ids], scales).transpose(0, 1)

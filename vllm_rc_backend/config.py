@@ -1,0 +1,226 @@
+"""Every option of the backend: its range, its default and its documentation, in one place.
+
+``docs/options.md`` and the error messages are produced from the same field metadata.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from vllm_rc_backend.completion import COMPLETIONS
+from vllm_rc_backend.selection import POLICIES
+
+KEY = "rc_topk"
+"""The key of ``--additional-config`` under which the options stand."""
+
+
+class OptionError(ValueError):
+    """An option is unknown, out of range or contradicts another one."""
+
+    def __init__(self, name: str, value: object, allowed: str, hint: str = "") -> None:
+        message = f"--additional-config.{KEY}.{name}: got {value!r}; allowed: {allowed}."
+        super().__init__(f"{message} {hint}".strip())
+
+
+def _option(default: Any, allowed: str, doc: str) -> Any:
+    return field(default=default, metadata={"allowed": allowed, "doc": doc})
+
+
+GROUP_RULES = ("max", "mean", "softmax")
+KV_RESIDENCIES = ("gpu",)
+
+
+@dataclass(frozen=True)
+class RCTopKConfig:
+    """Options of one engine. Immutable: every process derives the same object from the same JSON."""
+
+    budget: float = _option(
+        2048,
+        "an integer from 1 up (tokens), or a share of the context in (0, 1)",
+        "Tokens read exactly per query and KV head, anchors included. A share (1/32 = 0.03125) grows with the "
+        "context; it never goes below the anchors and one page.",
+    )
+    sink_tokens: int = _option(
+        16,
+        "0 or a multiple of page_size",
+        "First tokens of the sequence, always read exactly.",
+    )
+    tail_tokens: int = _option(
+        64,
+        "an integer from 1 up",
+        "Last tokens of the sequence, always read exactly. The unfinished page is always part of the tail, which "
+        "therefore holds between tail_tokens and tail_tokens + page_size - 1 tokens.",
+    )
+    page_size: int = _option(
+        16,
+        "16, 32, 64 or 128, a divisor of vLLM's block size",
+        "Tokens per page, the unit of selection.",
+    )
+    selection: str = _option(
+        "box",
+        ", ".join(sorted(POLICIES)),
+        "How pages are scored.",
+    )
+    selection_weight: float | None = _option(
+        None,
+        "a number from 0 to 4, or null for the policy's own default",
+        "Weight of the spread term of the page score: box 0.5 by default (1 is Quest's upper bound), mean_var 0.5.",
+    )
+    group_rule: str = _option(
+        "max",
+        ", ".join(GROUP_RULES),
+        "How the page scores of the query heads that share a KV head become one list.",
+    )
+    completion: str = _option(
+        "linear",
+        ", ".join(sorted(COMPLETIONS)),
+        "How the softmax mass that was not read is estimated; none renormalises over what was read.",
+    )
+    statistics_bits: int = _option(
+        16,
+        "8 or 16",
+        "Bits per element of the page statistics. They are read in full for every query: 8 halves the largest read "
+        "at long context.",
+    )
+    dense_threshold: int = _option(
+        0,
+        "an integer from 0 up",
+        "Sequences up to this many tokens are decoded densely even if they do not fit the budget.",
+    )
+    dense_layers: tuple[int, ...] = _option(
+        (),
+        "a list of layer indices",
+        "Layers that stay dense, by their index in the model.",
+    )
+    summary_slots: int | None = _option(
+        None,
+        "an integer from 1 up, or null for one per sequence that can be sparse at the same time",
+        "Sequences whose summary is kept on the device. A sequence without a slot is decoded by selection alone, "
+        "which is counted and reported.",
+    )
+    kv_residency: str = _option(
+        "gpu",
+        ", ".join(KV_RESIDENCIES),
+        "Where the KV pages live.",
+    )
+    log_interval: float = _option(
+        10.0,
+        "seconds, 0 for never",
+        "Interval of the log line that states what was read against what was held.",
+    )
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
+        if not number or not math.isfinite(self.budget) or self.budget <= 0 or (
+            self.budget >= 1 and self.budget != int(self.budget)
+        ):
+            raise OptionError("budget", self.budget, self._allowed("budget"))
+        if self.page_size not in (16, 32, 64, 128):
+            raise OptionError("page_size", self.page_size, self._allowed("page_size"))
+        self._integer("sink_tokens", 0)
+        if self.sink_tokens % self.page_size:
+            raise OptionError(
+                "sink_tokens", self.sink_tokens, self._allowed("sink_tokens"), f"page_size is {self.page_size}."
+            )
+        self._integer("tail_tokens", 1)
+        self._integer("dense_threshold", 0)
+        self._one_of("selection", sorted(POLICIES))
+        self._one_of("group_rule", GROUP_RULES)
+        self._one_of("completion", sorted(COMPLETIONS))
+        self._one_of("kv_residency", KV_RESIDENCIES)
+        if self.statistics_bits not in (8, 16):
+            raise OptionError("statistics_bits", self.statistics_bits, self._allowed("statistics_bits"))
+        weight = self.selection_weight
+        if weight is not None:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 4:
+                raise OptionError("selection_weight", weight, self._allowed("selection_weight"))
+            if not POLICIES[self.selection].takes_weight:
+                raise OptionError(
+                    "selection_weight",
+                    weight,
+                    f"null with selection={self.selection}",
+                    f"Policies with a weight: {', '.join(sorted(n for n, p in POLICIES.items() if p.takes_weight))}.",
+                )
+        if self.summary_slots is not None:
+            self._integer("summary_slots", 1)
+            if self.completion == "none":
+                raise OptionError("summary_slots", self.summary_slots, "null with completion=none")
+        layers = self.dense_layers
+        if not isinstance(layers, list | tuple) or not all(type(n) is int and n >= 0 for n in layers):
+            raise OptionError("dense_layers", layers, self._allowed("dense_layers"))
+        object.__setattr__(self, "dense_layers", tuple(layers))
+        if not isinstance(self.log_interval, int | float) or not 0 <= self.log_interval < math.inf:
+            raise OptionError("log_interval", self.log_interval, self._allowed("log_interval"))
+        if 1 <= self.budget < self.smallest_budget:
+            raise OptionError(
+                "budget",
+                self.budget,
+                f"{self.smallest_budget} or more with sink_tokens={self.sink_tokens}, "
+                f"tail_tokens={self.tail_tokens}, page_size={self.page_size}",
+                "The anchors and one page must fit: lower sink_tokens or tail_tokens, or raise budget.",
+            )
+
+    @property
+    def smallest_budget(self) -> int:
+        """Tokens of the anchors at their longest plus one page."""
+        return self.sink_tokens + self.tail_tokens + 2 * self.page_size - 1
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> RCTopKConfig:
+        """Build from the ``rc_topk`` object of ``--additional-config``.
+
+        Raises:
+            OptionError: an unknown key, a value out of range, or a contradiction; the message names the key, the
+                value and what is allowed.
+        """
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"--additional-config.{KEY}: got {options!r}; allowed: a JSON object such as "
+                f'{{"budget": 2048}}. Known options: {", ".join(cls.names())}.'
+            )
+        for name, value in options.items():
+            if name not in cls.names():
+                close = difflib.get_close_matches(name, cls.names(), n=1)
+                hint = f"Did you mean {close[0]}?" if close else ""
+                raise OptionError(name, value, f"one of the options {', '.join(cls.names())}", hint)
+        return cls(**options)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> RCTopKConfig:
+        """Build from vLLM's whole ``additional_config``; without an ``rc_topk`` entry, the defaults."""
+        if isinstance(additional_config, Mapping):
+            return cls.from_mapping(additional_config.get(KEY, {}))
+        return cls()
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The options in order of documentation."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def table(cls) -> list[tuple[str, str, str, str]]:
+        """Rows (option, default, allowed, documentation) for ``docs/options.md`` and ``rc-topk options``."""
+        return [(f.name, _default(f), f.metadata["allowed"], f.metadata["doc"]) for f in fields(cls)]
+
+    def _allowed(self, name: str) -> str:
+        return str(next(f for f in fields(self) if f.name == name).metadata["allowed"])
+
+    def _integer(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < low:
+            raise OptionError(name, value, self._allowed(name))
+
+    def _one_of(self, name: str, allowed: tuple[str, ...] | list[str]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            close = difflib.get_close_matches(str(value), allowed, n=1)
+            raise OptionError(name, value, ", ".join(allowed), f"Did you mean {close[0]}?" if close else "")
+
+
+def _default(option: Field[Any]) -> str:
+    assert option.default is not MISSING
+    return {None: "null", (): "[]"}.get(option.default, str(option.default))

@@ -1,0 +1,26 @@
+"""Oracle: the page's exact log-mass. Reads every key, so it is for evaluation only: the ceiling of any page score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vllm_rc_backend.selection.base import PagePolicy
+
+
+@dataclass(frozen=True)
+class Oracle(PagePolicy):
+    """score = log sum_i exp(q.k_i) over the page."""
+
+    name: ClassVar[str] = "oracle"
+    vectors: ClassVar[int] = 0
+    reads_keys: ClassVar[bool] = True
+
+    def statistics(self, keys: Tensor) -> Tensor:
+        return keys[..., :0, :]
+
+    def score(self, query: Tensor, statistics: Tensor) -> Tensor:
+        scores = query.unsqueeze(-3) @ statistics.mT  # [..., pages, group, page_size]
+        return scores.logsumexp(dim=-1).mT

@@ -1,0 +1,110 @@
+"""The plugin's own memory: page statistics, keyed by physical block, and summary slots. What it holds and what it costs.
+
+Everything here is a pure function of finished pages, so prefix sharing, preemption, chunked prefill and block reuse
+need no code: a reused block is recomputed when it fills, and until then it is part of some sequence's tail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.completion import Completion
+from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.kernels.reference.summary import SummaryTags
+from vllm_rc_backend.selection import PagePolicy
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Sizes of the side store of one attention layer.
+
+    Attributes:
+        heads: KV heads on this rank.
+        head_size: elements of a key.
+        kv_bytes: bytes of one element of the KV cache.
+        slots: summary slots (0 without a completion).
+        statistics_bits: 8 or 16.
+    """
+
+    heads: int
+    head_size: int
+    kv_bytes: int
+    slots: int
+    statistics_bits: int
+    geometry: Geometry
+    policy: PagePolicy
+    completion: Completion
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of one page's statistics, all KV heads."""
+        scale = 2 if self.statistics_bits == 8 else 0
+        return self.heads * self.policy.vectors * (self.head_size * self.statistics_bits // 8 + scale)
+
+    @property
+    def block_bytes(self) -> int:
+        """Side bytes per vLLM block of this layer, tags included."""
+        return self.geometry.pages_per_block * self.statistics_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one summary slot of this layer (two bfloat16 planes)."""
+        return self.heads * 2 * self.completion.state_rows(self.head_size) * self.head_size * 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's K and V in this layer, all KV heads."""
+        return self.heads * 2 * self.head_size * self.kv_bytes
+
+    def token_equivalents(self, seq_len: int) -> dict[str, float]:
+        """What one query at this context length reads, in tokens' worth of K and V bytes, by kind.
+
+        A dense decode reads ``seq_len``. The summary counts at the KV cache's own width.
+        """
+        geometry = self.geometry
+        if not geometry.is_sparse(seq_len):
+            return {"tokens": float(seq_len), "statistics": 0.0, "summary": 0.0}
+        mid_pages = geometry.mid_end(seq_len) - geometry.sink_pages
+        if self.policy.reads_keys:
+            statistics = mid_pages * geometry.page_size / 2
+        else:
+            statistics = mid_pages * self.statistics_bytes / self.token_bytes
+        summary = self.completion.tokens_read(self.head_size) * 2 / self.kv_bytes
+        return {"tokens": float(geometry.tokens_read(seq_len)), "statistics": statistics, "summary": summary}
+
+
+class SideStore:
+    """Page statistics and summary states of one layer.
+
+    ``codes`` ``[pages, heads, vectors, head_size]`` (bfloat16 or int8), ``scales`` ``[pages, heads, vectors]``
+    (float16) or None, ``states`` ``[slots, heads, 2, state_rows, head_size]`` (bfloat16).
+    """
+
+    def __init__(self, layout: StoreLayout, num_blocks: int, device: torch.device | str) -> None:
+        pages = num_blocks * layout.geometry.pages_per_block
+        heads, d, vectors = layout.heads, layout.head_size, layout.policy.vectors
+        eight = layout.statistics_bits == 8
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.codes = torch.zeros(
+            pages, heads, vectors, d, dtype=torch.int8 if eight else torch.bfloat16, device=device
+        )
+        self.scales: Tensor | None = (
+            torch.zeros(pages, heads, vectors, dtype=torch.float16, device=device) if eight else None
+        )
+        rows = layout.completion.state_rows(d)
+        self.states = torch.zeros(layout.slots, heads, 2, rows, d, dtype=torch.bfloat16, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = [self.codes, self.states] + ([] if self.scales is None else [self.scales])
+        return sum(t.nbytes for t in tensors)
+
+
+def make_tags(layout: StoreLayout, num_blocks: int, device: torch.device | str) -> SummaryTags:
+    """Tags for a KV-cache group whose layers have this layout."""
+    return SummaryTags.empty(layout.slots, num_blocks * layout.geometry.pages_per_block, device)
