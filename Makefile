@@ -1,0 +1,61 @@
+# `make` or `make help` lists the targets. Each does its own set-up; nothing is installed outside .venv and .cache.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-unit test-engine test-compat test-gpu format lint types docs docs-check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: ## create or update .venv: vLLM for CPUs, this package (editable) and the tools; quick when nothing changed
+	@$(PYTHON) tools/setup_cpu.py
+
+demo: venv ## serve examples/model with rc_topk on this machine's CPU, and ask it about an 8K-token prompt
+	@$(BIN)/python tools/demo.py
+
+test: venv ## everything that runs without a GPU or a network: lint, types, docs, unit and engine tests
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory docs-check
+	@$(MAKE) --no-print-directory test-unit
+	@$(MAKE) --no-print-directory test-engine
+
+test-unit: venv ## the method without vLLM (about a minute)
+	$(PYTEST) tests/unit
+
+test-engine: venv ## the backend inside real vLLM on the CPU (several minutes)
+	$(PYTEST) tests/engine
+
+test-compat: venv ## registration, configuration and planning against every supported vLLM (fetches their sources)
+	@$(BIN)/python tools/fetch_vllm.py
+	$(PYTEST) tests/compat
+
+test-gpu: ## kernels on this machine's GPU, with the Python that has torch and CUDA (PYTHON=...); skipped without
+	$(PYTHON) -m pytest tests/gpu
+
+format: venv ## rewrite the sources in the project's style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: venv ## style and likely mistakes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: venv ## mypy, strict
+	$(BIN)/mypy
+
+docs: venv ## rewrite the generated page docs/options.md
+	$(BIN)/python tools/options_page.py
+
+docs-check: venv ## fail if docs/options.md is not what `make docs` writes
+	$(BIN)/python tools/options_page.py --check
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
