@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vllm_rc_backend.completion import Completion
 from vllm_rc_backend.kernels.geometry import Geometry
-from vllm_rc_backend.kernels.reference.summary import SummaryTags
 from vllm_rc_backend.selection import PagePolicy
 
 
@@ -83,12 +82,11 @@ class SideStore:
     (float16) or None, ``states`` ``[slots, heads, 2, state_rows, head_size]`` (bfloat16).
     """
 
-    def __init__(self, layout: StoreLayout, num_blocks: int, device: torch.device | str) -> None:
-        pages = num_blocks * layout.geometry.pages_per_block
+    def __init__(self, layout: StoreLayout, pages: int, device: torch.device | str) -> None:
         heads, d, vectors = layout.heads, layout.head_size, layout.policy.vectors
         eight = layout.statistics_bits == 8
         self.layout = layout
-        self.num_blocks = num_blocks
+        self.pages = pages
         self.codes = torch.zeros(
             pages, heads, vectors, d, dtype=torch.int8 if eight else torch.bfloat16, device=device
         )
@@ -103,8 +101,3 @@ class SideStore:
         """Bytes held."""
         tensors = [self.codes, self.states] + ([] if self.scales is None else [self.scales])
         return sum(t.nbytes for t in tensors)
-
-
-def make_tags(layout: StoreLayout, num_blocks: int, device: torch.device | str) -> SummaryTags:
-    """Tags for a KV-cache group whose layers have this layout."""
-    return SummaryTags.empty(layout.slots, num_blocks * layout.geometry.pages_per_block, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 class Retrieved(NamedTuple):
     """The retrieved tokens of one row, which the summary also holds and must not count twice (float32).
 
-    ``scores`` ``[heads, group, tokens]`` (scaled), ``keys`` and ``values`` ``[heads, tokens, head_size]``.
+    ``scores`` ``[..., heads, group, tokens]`` (scaled), ``keys`` and ``values`` ``[..., heads, tokens, head_size]``.
     """
 
     scores: Tensor
@@ -22,7 +22,8 @@ class Retrieved(NamedTuple):
 class Residual(NamedTuple):
     """The estimated residual: log of its softmax mass and its mean value.
 
-    ``log_mass`` ``[heads, group]`` (-inf: nothing is left or known), ``value`` ``[heads, group, head_size]``.
+    ``log_mass`` ``[..., heads, group]`` (-inf: nothing is left or known), ``value``
+    ``[..., heads, group, head_size]``.
     """
 
     log_mass: Tensor
@@ -57,11 +58,11 @@ class Completion:
         raise NotImplementedError
 
     def residual(self, query: Tensor, state: Tensor, count: int, retrieved: Retrieved) -> Residual:
-        """Estimate the residual of one row: the mid region without what was retrieved.
+        """Estimate the residual: the mid region without what was retrieved. Leading dimensions are rows.
 
         Args:
-            query: float32 ``[heads, group, head_size]``, multiplied by the softmax scale.
-            state: float32 ``[heads, state_rows, head_size]`` over the mid region.
+            query: float32 ``[..., heads, group, head_size]``, multiplied by the softmax scale.
+            state: float32 ``[..., heads, state_rows, head_size]`` over the mid region.
             count: tokens of the mid region.
             retrieved: the retrieved tokens, all of the mid region.
         """

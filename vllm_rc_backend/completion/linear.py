@@ -41,12 +41,12 @@ class Linear(Completion):
         )
 
     def residual(self, query: Tensor, state: Tensor, count: int, retrieved: Retrieved) -> Residual:
-        C, K1, V1 = state[:, :-2], state[:, -2], state[:, -1]
+        C, K1, V1 = state[..., :-2, :], state[..., -2, :], state[..., -1, :]
         n_U = count - retrieved.scores.shape[-1]
         if n_U == 0:
             return Residual(torch.full_like(query[..., 0], -torch.inf), torch.zeros_like(query))
-        q_K1 = (query @ K1.unsqueeze(-1)).squeeze(-1)  # [heads, group]
+        q_K1 = (query @ K1.unsqueeze(-1)).squeeze(-1)  # [..., heads, group]
         mu = (q_K1 - retrieved.scores.sum(dim=-1)) / n_U
-        mean_value = (V1 - retrieved.values.sum(dim=-2)).unsqueeze(1) / n_U
-        tilt = query @ C / count - (q_K1 / count).unsqueeze(-1) * (V1 / count).unsqueeze(1)
+        mean_value = (V1 - retrieved.values.sum(dim=-2)).unsqueeze(-2) / n_U
+        tilt = query @ C / count - (q_K1 / count).unsqueeze(-1) * (V1 / count).unsqueeze(-2)
         return Residual(math.log(n_U) + mu, mean_value + tilt)

@@ -1,0 +1,176 @@
+"""Every difference between the vLLM versions we support, and what vLLM is asked to refuse. Nothing else."""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+SUPPORTED = SpecifierSet(">=0.26.0,<0.34", prereleases=True)
+"""vLLM versions this plugin runs on. 0.26.0: the first whose FlashAttention reads the packed [block, head, token,
+2 * head_size] cache our kernels share. 0.33: the newest that the tests have run against."""
+
+
+class UnsupportedError(ValueError):
+    """The engine is configured in a way that sparse decode cannot serve correctly; stops the start."""
+
+
+def check_version() -> None:
+    """Raise unless the installed vLLM is one of ``SUPPORTED``."""
+    import vllm
+
+    version = Version(vllm.__version__)
+    if Version(version.base_version) not in SUPPORTED:
+        raise UnsupportedError(
+            f"rc_topk: vLLM {version} is not supported; supported: {SUPPORTED}. Install a supported vLLM, or start "
+            "without --attention-backend rc_topk."
+        )
+
+
+def register_member(name: str, class_path: str) -> Any:
+    """Add a member to vLLM's backend enum, or return the one that is there."""
+    from vllm.v1.attention.backends import registry
+
+    enum = registry.AttentionBackendEnum
+    if name in enum.__members__:
+        return enum.__members__[name]
+    if hasattr(enum, "register"):  # 0.32
+        registry.register_backend(name, class_path)
+        return enum.__members__[name]
+    member = object.__new__(enum)  # 0.26: what 0.32's register() does
+    member._name_ = name
+    member._value_ = class_path
+    enum._member_map_[name] = member
+    enum._value2member_map_[class_path] = member
+    enum._member_names_.append(name)
+    return member
+
+
+def let_cpu_platform_choose(member: Any) -> None:
+    """Let vLLM's CPU platform take this backend: it ignores the flag otherwise. Only there, only for this member."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    platform = type(current_platform)
+    original = platform.get_attn_backend_cls
+    if getattr(original, "serves_rc_topk", False):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        if selected_backend is not member:
+            return str(original.__func__(cls, selected_backend, attn_selector_config, *args, **kwargs))
+        reasons = member.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            # The words of vLLM's CUDA platform.
+            raise ValueError(
+                f"Selected backend {member} is not valid for this configuration. Reason: {reasons}"
+            )
+        return str(member.get_path())
+
+    get_attn_backend_cls.serves_rc_topk = True  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    # The marker must be visible through the bound method, too.
+    assert platform.get_attn_backend_cls.serves_rc_topk
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse engine features under which page statistics or summaries would silently be wrong.
+
+    Raises:
+        UnsupportedError: names every feature, the flag that turned it on, and the way out.
+    """
+    check_version()
+    parallel = vllm_config.parallel_config
+    transfer = vllm_config.kv_transfer_config
+    refused = {
+        "speculative decoding (--speculative-config): its verification steps decode several tokens at once": (
+            vllm_config.speculative_config is not None
+        ),
+        "decode context parallelism (--decode-context-parallel-size): a rank holds only a share of each page": (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1
+        ),
+        "prefill context parallelism (--prefill-context-parallel-size): a rank holds only a share of each page": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "KV connectors (--kv-transfer-config): pages arrive without a forward pass and have no statistics": (
+            transfer is not None and transfer.kv_connector is not None
+        ),
+        "KV offloading (--kv-offloading-size): pages arrive without a forward pass and have no statistics": (
+            getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None
+        ),
+        "microbatching (--enable-dbo, --ubatch-size): two half batches would share one set of summaries": (
+            bool(getattr(parallel, "use_ubatching", False))
+        ),
+        "KV-sharing fast prefill (--kv-sharing-fast-prefill)": (
+            bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False))
+        ),
+    }
+    reasons = [reason for reason, present in refused.items() if present]
+    if reasons:
+        raise UnsupportedError(
+            f"rc_topk does not work with: {'; '.join(reasons)}. Turn that off, or start without "
+            "--attention-backend rc_topk."
+        )
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """The layers of this rank that own a KV cache or a recurrent state, by name."""
+    context = vllm_config.compilation_config.static_forward_context
+    return {name: layer for name, layer in context.items() if hasattr(layer, "get_kv_cache_spec")}
+
+
+def pool_block_bytes(vllm_config: Any) -> int:
+    """Bytes of one block id in this rank's KV pool: the groups share the pool, so the widest counts."""
+    specs = {
+        name: spec
+        for name, layer in attention_layers(vllm_config).items()
+        if (spec := layer.get_kv_cache_spec(vllm_config)) is not None
+    }
+    try:
+        planning = import_module("vllm.v1.core.kv_cache_planning")  # 0.33
+    except ModuleNotFoundError:
+        planning = import_module("vllm.v1.core.kv_cache_utils")
+    groups = planning.get_kv_cache_groups(vllm_config, specs)
+    return max(sum(_page_bytes(group, name) for name in group.layer_names) for group in groups)
+
+
+def _page_bytes(group: Any, layer: str) -> int:
+    spec = group.kv_cache_spec
+    return int(getattr(spec, "kv_cache_specs", {}).get(layer, spec).page_size_bytes)
+
+
+def pool_blocks_bound(vllm_config: Any, side_block_bytes: int, allocated: int, total: int) -> int:
+    """The most blocks that vLLM can plan for once the side store is taken out of its memory.
+
+    vLLM sizes the pool after it has measured what the process holds, this plugin's tensors included. With ``s`` side
+    bytes and ``k`` pool bytes per block, reserving for ``A / (k + s)`` of the available A bytes leaves room for at
+    most as many.
+
+    Args:
+        side_block_bytes: side bytes of one block, all layers.
+        allocated: device bytes held after loading the weights.
+        total: device bytes of the machine.
+    """
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks_override is not None:
+        return int(cache.num_gpu_blocks_override)
+    if cache.kv_cache_memory_bytes is not None:  # the user's figure is for the pool alone
+        return int(cache.kv_cache_memory_bytes) // pool_block_bytes(vllm_config)
+    available = int(total * cache.gpu_memory_utilization) - allocated
+    return max(available, 0) // (pool_block_bytes(vllm_config) + side_block_bytes)
+
+
+def layer_index(name: str) -> int:
+    """The index of a layer in the model, from its name."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(name))

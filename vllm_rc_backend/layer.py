@@ -1,0 +1,281 @@
+"""What every platform's backend needs of a layer: whether it is sparse, its side store, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+
+from vllm.utils.torch_utils import get_dtype_size
+
+from vllm_rc_backend import compat
+from vllm_rc_backend.completion import make_completion
+from vllm_rc_backend.config import OptionError, RCTopKConfig
+from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.kernels.reference import SummaryTags
+from vllm_rc_backend.selection import make_policy
+from vllm_rc_backend.side_store import SideStore, StoreLayout
+
+logger = logging.getLogger("vllm.rc_topk")
+
+SLACK_SLOTS = 8
+"""Spare summary slots, for sequences that share a prefix and part."""
+
+
+class BackendFace:
+    """Class methods of vLLM's AttentionBackend that are the same on every platform. Mixed in before vLLM's class."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "RC_TOPK"
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_pcp(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_dcp(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == "decoder"
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        # Those layers are decoded densely: a window is a budget of its own.
+        return True
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the constructor of an attention layer says about it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    kv_cache_dtype: str
+
+
+def refuse_layer(
+    alibi_slopes: object, logits_soft_cap: float | None, sinks: object, attn_type: str
+) -> None:
+    """Refuse attention variants whose scores are not plain scaled dot products.
+
+    Raises:
+        compat.UnsupportedError: what was found and the way out.
+    """
+    found = {
+        "ALiBi slopes": alibi_slopes is not None,
+        f"logits soft-capping at {logits_soft_cap}": bool(logits_soft_cap),
+        "attention sinks": sinks is not None,
+        f"{attn_type} attention": attn_type != "decoder",
+    }
+    for what, present in found.items():
+        if present:
+            raise compat.UnsupportedError(
+                f"rc_topk does not support layers with {what}. Start without --attention-backend rc_topk."
+            )
+
+
+class SparseLayer:
+    """The sparse side of one attention layer, owned by its vLLM implementation object.
+
+    Attributes:
+        sparse: whether the layer ever decodes sparsely; False for sliding windows, layers that read another layer's
+            KV cache, and ``dense_layers``.
+        store: the side store; None before the weights are loaded, and for dense layers.
+    """
+
+    def __init__(self, shape: LayerShape, sliding_window: int | None, shares_kv_of: str | None) -> None:
+        self.vllm_config = get_current_vllm_config()
+        compat.check_engine(self.vllm_config)
+        self.config = RCTopKConfig.from_additional_config(self.vllm_config.additional_config)
+        self.shape = shape
+        self.sparse = sliding_window is None and shares_kv_of is None
+        self.store: SideStore | None = None
+
+    def resolve(self, impl: object) -> str:
+        """Find the layer's name and whether the options leave it dense, now that the model is complete."""
+        layers = compat.attention_layers(self.vllm_config)
+        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is impl)
+        if self.sparse and self.config.dense_layers:
+            self.sparse = compat.layer_index(name) not in self.config.dense_layers
+        return name
+
+    def layout(self, block_size: int, slots: int) -> StoreLayout:
+        """Sizes of this layer's side store."""
+        config, cache = self.config, self.vllm_config.cache_config
+        kv_dtype = self.shape.kv_cache_dtype
+        if block_size % config.page_size:
+            raise OptionError(
+                "page_size",
+                config.page_size,
+                f"a divisor of vLLM's block size, which is {block_size}",
+                f"Choose a smaller page, or start vLLM with --block-size {config.page_size}.",
+            )
+        del cache
+        kv_bytes = 1 if kv_dtype.startswith("fp8") else get_dtype_size(self.vllm_config.model_config.dtype)
+        return StoreLayout(
+            heads=self.shape.num_kv_heads,
+            head_size=self.shape.head_size,
+            kv_bytes=kv_bytes,
+            slots=slots,
+            statistics_bits=config.statistics_bits,
+            geometry=Geometry(
+                page_size=config.page_size,
+                block_size=block_size,
+                sink_tokens=config.sink_tokens,
+                tail_tokens=config.tail_tokens,
+                budget=config.budget,
+                dense_threshold=config.dense_threshold,
+            ),
+            policy=make_policy(config.selection, config.selection_weight),
+            completion=make_completion(config.completion),
+        )
+
+
+def sparse_layers(vllm_config: Any, names: Iterable[str] | None = None) -> dict[str, SparseLayer]:
+    """The sparse layers of this rank, by name (those of ``names`` if given)."""
+    layers = compat.attention_layers(vllm_config)
+    found = {
+        name: layer.impl.sparse_layer
+        for name, layer in layers.items()
+        if (names is None or name in names) and isinstance(getattr(layer, "impl", None), SparseImpl)
+    }
+    return {name: layer for name, layer in found.items() if layer.sparse}
+
+
+class SparseImpl:
+    """Marks vLLM implementation objects that carry a SparseLayer."""
+
+    sparse_layer: SparseLayer
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Called by vLLM layer by layer, when all weights are on the device and nothing has been profiled yet."""
+        super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
+        self.sparse_layer.resolve(self)
+        layers = compat.attention_layers(self.sparse_layer.vllm_config).values()
+        impls = [impl for layer in layers if isinstance(impl := getattr(layer, "impl", None), SparseImpl)]
+        if self is impls[-1]:
+            reserve(self.sparse_layer.vllm_config)
+
+
+def reserve(vllm_config: Any) -> None:
+    """Allocate the side stores of all sparse layers of this rank, before vLLM sizes its KV pool, and say so."""
+    layers = sparse_layers(vllm_config)
+    if not layers:
+        logger.warning(
+            "rc_topk: no layer of this model can be decoded sparsely (sliding windows, shared KV caches and "
+            "dense_layers stay dense): every step is dense."
+        )
+        return
+    device, allocated, total = _memory(vllm_config)
+    block_size = vllm_config.cache_config.block_size
+    layouts = {name: layer.layout(block_size, slots=0) for name, layer in layers.items()}
+    side_block_bytes = sum(layout.block_bytes for layout in layouts.values())
+    blocks = compat.pool_blocks_bound(vllm_config, side_block_bytes, allocated, total)
+    slots = _slots(vllm_config, next(iter(layouts.values())), blocks * block_size)
+    for name, layer in layers.items():
+        layout = replace(layouts[name], slots=slots if layouts[name].completion.precise_rows else 0)
+        layer.store = SideStore(layout, blocks * layout.geometry.pages_per_block, device)
+    _report(vllm_config, layers, blocks)
+
+
+def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[str, SparseLayer]:
+    """Give the stores of a KV-cache group the block size that its block table is in; it is final only now."""
+    layers = sparse_layers(vllm_config, set(layer_names))
+    for layer in layers.values():
+        assert layer.store is not None, "vLLM built attention metadata before it loaded the weights"
+        layer.store.layout = layer.layout(block_size, layer.store.layout.slots)
+    return layers
+
+
+def make_tags(store: SideStore) -> SummaryTags:
+    """Summary tags for a KV-cache group, from the store of any of its layers."""
+    return SummaryTags.empty(store.layout.slots, store.pages, store.codes.device)
+
+
+def _memory(vllm_config: Any) -> tuple[torch.device, int, int]:
+    device = torch.device(vllm_config.device_config.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        return device, torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    from vllm.platforms import current_platform
+
+    return device, 0, int(current_platform.get_device_total_memory())
+
+
+def _slots(vllm_config: Any, layout: StoreLayout, pool_tokens: int) -> int:
+    """Summary slots: one for every sequence that can be sparse at the same time."""
+    config = RCTopKConfig.from_additional_config(vllm_config.additional_config)
+    if config.summary_slots is not None:
+        return config.summary_slots
+    geometry = layout.geometry
+    shortest = max(
+        geometry.dense_threshold, int(geometry.budget) if geometry.budget >= 1 else config.smallest_budget
+    )
+    most = min(vllm_config.scheduler_config.max_num_seqs, math.ceil(pool_tokens / shortest))
+    return max(most, 1) + SLACK_SLOTS
+
+
+def _report(vllm_config: Any, layers: dict[str, SparseLayer], blocks: int) -> None:
+    stores = [layer.store for layer in layers.values() if layer.store is not None]
+    layout = stores[0].layout
+    tokens = blocks * layout.geometry.block_size
+    statistics = sum(s.nbytes - s.states.nbytes for s in stores)
+    states = sum(s.states.nbytes for s in stores)
+    pool = blocks * compat.pool_block_bytes(vllm_config)
+    read = layout.token_equivalents(vllm_config.model_config.max_model_len)
+    logger.info(
+        "rc_topk: %d of %d attention layers decode sparsely; selection=%s completion=%s budget=%s. Side memory on "
+        "this rank %.3f GiB (%.1f %% of the KV pool): statistics %.1f bytes per token, %d summary slots of %.2f MiB. "
+        "At %d tokens of context a query reads %.0f tokens exactly, statistics worth %.0f and a summary worth %.0f.",
+        len(layers),
+        len(compat.attention_layers(vllm_config)),
+        layout.policy.name,
+        layout.completion.name,
+        layers[next(iter(layers))].config.budget,
+        (statistics + states) / 2**30,
+        100 * (statistics + states) / max(pool, 1),
+        statistics / max(tokens, 1),
+        layout.slots,
+        sum(s.layout.slot_bytes for s in stores) / 2**20,
+        vllm_config.model_config.max_model_len,
+        read["tokens"],
+        read["statistics"],
+        read["summary"],
+    )

@@ -1,0 +1,1 @@
+"""What was read against what was held: counters, log lines, metrics."""

@@ -1,0 +1,28 @@
+"""vLLM's entry point: makes RC_TOPK a name that ``--attention-backend`` accepts, in every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAME = "RC_TOPK"
+CLASS_PATH = "vllm_rc_backend.backend.RCTopKBackend"
+
+
+def register() -> Any:
+    """Register the backend; the ``vllm.general_plugins`` entry point. Idempotent, quick, never touches a device.
+
+    Returns:
+        The member of vLLM's ``AttentionBackendEnum``.
+    """
+    from vllm_rc_backend import compat
+
+    member = compat.register_member(NAME, CLASS_PATH)
+    # vLLM unpickles its configuration before it loads plugins (spawned processes, Ray actors). A member that was added
+    # at run time would be looked up by value there and not be found; this way unpickling registers it first.
+    member.__reduce_ex__ = _reduce
+    compat.let_cpu_platform_choose(member)
+    return member
+
+
+def _reduce(protocol: object) -> tuple[Any, tuple[()]]:
+    return register, ()
