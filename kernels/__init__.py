@@ -1,1 +1,1 @@
-"""Kernels: ``reference`` is plain torch and defines each of them, ``triton`` is the same, fast. Nothing imports vLLM."""
+"""Kernels: ``reference`` is plain torch and defines each of them, ``triton`` is the same, fast. No vLLM here."""

@@ -66,7 +66,9 @@ class ReferenceAttention:
         q = query.float().unflatten(0, (layout.heads, -1)) * self.scale
 
         mid = torch.arange(geometry.sink_pages, geometry.mid_end(seq_len), device=query.device)
-        scores = reference.score_pages(q, self._statistics(kv, block_table, mid), layout.policy, self.group_rule)
+        scores = reference.score_pages(
+            q, self._statistics(kv, block_table, mid), layout.policy, self.group_rule
+        )
         pages = reference.select_pages(scores, geometry.retrieved_pages(seq_len)) + geometry.sink_pages
 
         slot = -1 if batch.plan is None else int(batch.plan.slot[row])

@@ -6,6 +6,7 @@ Slow on purpose: it exists so that everything but the fast kernels runs, and is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             store = next(iter(self.layers.values())).store
             assert store is not None
             self.layout = store.layout
+            meter.get().interval = next(iter(self.layers.values())).config.log_interval
             self.tags = make_tags(store) if store.layout.slots else None
 
     def build(
@@ -88,7 +90,7 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             return RCTopKCPUMetadata(whole, whole, None, None, [])
         geometry = self.layout.geometry
         starts = common.query_start_loc.tolist()
-        query_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        query_lens = [end - start for start, end in pairwise(starts)]
         seq_lens = common.seq_lens[: len(query_lens)].tolist()
         table = common.block_table_tensor[: len(query_lens)]
         plan = None

@@ -115,8 +115,11 @@ class RCTopKConfig:
 
     def __post_init__(self) -> None:
         number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
-        if not number or not math.isfinite(self.budget) or self.budget <= 0 or (
-            self.budget >= 1 and self.budget != int(self.budget)
+        if (
+            not number
+            or not math.isfinite(self.budget)
+            or self.budget <= 0
+            or (self.budget >= 1 and self.budget != int(self.budget))
         ):
             raise OptionError("budget", self.budget, self._allowed("budget"))
         if self.page_size not in (16, 32, 64, 128):
@@ -124,7 +127,10 @@ class RCTopKConfig:
         self._integer("sink_tokens", 0)
         if self.sink_tokens % self.page_size:
             raise OptionError(
-                "sink_tokens", self.sink_tokens, self._allowed("sink_tokens"), f"page_size is {self.page_size}."
+                "sink_tokens",
+                self.sink_tokens,
+                self._allowed("sink_tokens"),
+                f"page_size is {self.page_size}.",
             )
         self._integer("tail_tokens", 1)
         self._integer("dense_threshold", 0)

@@ -19,7 +19,12 @@ DIGIT = 16
 
 @functools.cache
 def block_layout(
-    isa: str, dtype: torch.dtype, kv_cache_dtype: str, cache_dtype: torch.dtype, block_size: int, head_size: int
+    isa: str,
+    dtype: torch.dtype,
+    kv_cache_dtype: str,
+    cache_dtype: torch.dtype,
+    block_size: int,
+    head_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Positions of K and V in the flattened content of one (block, head).
 

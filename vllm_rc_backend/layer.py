@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-
 from vllm.utils.torch_utils import get_dtype_size
 
 from vllm_rc_backend import compat
@@ -90,9 +89,7 @@ class LayerShape:
     kv_cache_dtype: str
 
 
-def refuse_layer(
-    alibi_slopes: object, logits_soft_cap: float | None, sinks: object, attn_type: str
-) -> None:
+def refuse_layer(alibi_slopes: object, logits_soft_cap: float | None, sinks: object, attn_type: str) -> None:
     """Refuse attention variants whose scores are not plain scaled dot products.
 
     Raises:
@@ -127,19 +124,11 @@ class SparseLayer:
         self.shape = shape
         self.sparse = sliding_window is None and shares_kv_of is None
         self.store: SideStore | None = None
-
-    def resolve(self, impl: object) -> str:
-        """Find the layer's name and whether the options leave it dense, now that the model is complete."""
-        layers = compat.attention_layers(self.vllm_config)
-        name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is impl)
-        if self.sparse and self.config.dense_layers:
-            self.sparse = compat.layer_index(name) not in self.config.dense_layers
-        return name
+        self.reserved = False
 
     def layout(self, block_size: int, slots: int) -> StoreLayout:
         """Sizes of this layer's side store."""
-        config, cache = self.config, self.vllm_config.cache_config
-        kv_dtype = self.shape.kv_cache_dtype
+        config, kv_dtype = self.config, self.shape.kv_cache_dtype
         if block_size % config.page_size:
             raise OptionError(
                 "page_size",
@@ -147,7 +136,6 @@ class SparseLayer:
                 f"a divisor of vLLM's block size, which is {block_size}",
                 f"Choose a smaller page, or start vLLM with --block-size {config.page_size}.",
             )
-        del cache
         kv_bytes = 1 if kv_dtype.startswith("fp8") else get_dtype_size(self.vllm_config.model_config.dtype)
         return StoreLayout(
             heads=self.shape.num_kv_heads,
@@ -168,15 +156,17 @@ class SparseLayer:
         )
 
 
-def sparse_layers(vllm_config: Any, names: Iterable[str] | None = None) -> dict[str, SparseLayer]:
-    """The sparse layers of this rank, by name (those of ``names`` if given)."""
-    layers = compat.attention_layers(vllm_config)
-    found = {
-        name: layer.impl.sparse_layer
-        for name, layer in layers.items()
-        if (names is None or name in names) and isinstance(getattr(layer, "impl", None), SparseImpl)
+def own_layers(vllm_config: Any) -> dict[str, SparseLayer]:
+    """The layers of this rank that use this backend, by name."""
+    impls = {
+        name: getattr(layer, "impl", None) for name, layer in compat.attention_layers(vllm_config).items()
     }
-    return {name: layer for name, layer in found.items() if layer.sparse}
+    return {name: impl.sparse_layer for name, impl in impls.items() if isinstance(impl, SparseImpl)}
+
+
+def sparse_layers(vllm_config: Any) -> dict[str, SparseLayer]:
+    """Those of them that decode sparsely."""
+    return {name: layer for name, layer in own_layers(vllm_config).items() if layer.sparse}
 
 
 class SparseImpl:
@@ -185,17 +175,21 @@ class SparseImpl:
     sparse_layer: SparseLayer
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Called by vLLM layer by layer, when all weights are on the device and nothing has been profiled yet."""
+        """Called by vLLM layer by layer, when all weights are on the device and nothing has been profiled yet.
+
+        The first layer reserves for all of them. vLLM calls again when weights are replaced; the stores stay then.
+        """
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
-        self.sparse_layer.resolve(self)
-        layers = compat.attention_layers(self.sparse_layer.vllm_config).values()
-        impls = [impl for layer in layers if isinstance(impl := getattr(layer, "impl", None), SparseImpl)]
-        if self is impls[-1]:
+        if not self.sparse_layer.reserved:
             reserve(self.sparse_layer.vllm_config)
 
 
 def reserve(vllm_config: Any) -> None:
     """Allocate the side stores of all sparse layers of this rank, before vLLM sizes its KV pool, and say so."""
+    for name, layer in own_layers(vllm_config).items():
+        layer.reserved = True
+        if layer.config.dense_layers and compat.layer_index(name) in layer.config.dense_layers:
+            layer.sparse = False
     layers = sparse_layers(vllm_config)
     if not layers:
         logger.warning(
@@ -210,14 +204,15 @@ def reserve(vllm_config: Any) -> None:
     blocks = compat.pool_blocks_bound(vllm_config, side_block_bytes, allocated, total)
     slots = _slots(vllm_config, next(iter(layouts.values())), blocks * block_size)
     for name, layer in layers.items():
-        layout = replace(layouts[name], slots=slots if layouts[name].completion.precise_rows else 0)
+        layout = replace(layouts[name], slots=slots)
         layer.store = SideStore(layout, blocks * layout.geometry.pages_per_block, device)
     _report(vllm_config, layers, blocks)
 
 
 def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[str, SparseLayer]:
     """Give the stores of a KV-cache group the block size that its block table is in; it is final only now."""
-    layers = sparse_layers(vllm_config, set(layer_names))
+    names = set(layer_names)
+    layers = {name: layer for name, layer in sparse_layers(vllm_config).items() if name in names}
     for layer in layers.values():
         assert layer.store is not None, "vLLM built attention metadata before it loaded the weights"
         layer.store.layout = layer.layout(block_size, layer.store.layout.slots)
@@ -242,6 +237,8 @@ def _memory(vllm_config: Any) -> tuple[torch.device, int, int]:
 def _slots(vllm_config: Any, layout: StoreLayout, pool_tokens: int) -> int:
     """Summary slots: one for every sequence that can be sparse at the same time."""
     config = RCTopKConfig.from_additional_config(vllm_config.additional_config)
+    if not layout.completion.state_rows(layout.head_size):
+        return 0
     if config.summary_slots is not None:
         return config.summary_slots
     geometry = layout.geometry

@@ -1,4 +1,4 @@
-"""The plugin's own memory: page statistics, keyed by physical block, and summary slots. What it holds and what it costs.
+"""The plugin's own memory, page statistics keyed by physical block and summary slots: what it holds and costs.
 
 Everything here is a pure function of finished pages, so prefix sharing, preemption, chunked prefill and block reuse
 need no code: a reused block is recomputed when it fills, and until then it is part of some sequence's tail.
