@@ -1,6 +1,6 @@
 """The definition of every kernel in plain torch, float32, one row at a time: what the fast kernels are held to."""
 
-from vllm_rc_backend.kernels.reference.decode import decode_dense, decode_sparse
+from vllm_rc_backend.kernels.reference.decode import complete_softmax, decode_dense, decode_sparse
 from vllm_rc_backend.kernels.reference.paged import PagedKV
 from vllm_rc_backend.kernels.reference.select import reduce_group, score_pages, select_pages
 from vllm_rc_backend.kernels.reference.statistics import (
@@ -16,6 +16,7 @@ __all__ = [
     "SummaryPlan",
     "SummaryTags",
     "absorb_pages",
+    "complete_softmax",
     "decode_dense",
     "decode_sparse",
     "decode_statistics",

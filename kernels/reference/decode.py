@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_rc_backend.completion import Completion, Retrieved
+from vllm_rc_backend.completion import Completion, Residual, Retrieved
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.paged import PagedKV
 
@@ -69,8 +69,23 @@ def decode_sparse(
         mid_tokens = (mid_end - geometry.sink_pages) * kv.page_size
         log_mass, value = completion.residual(query, state, mid_tokens, retrieved)
 
-    M = torch.maximum(scores.amax(dim=-1), log_mass).unsqueeze(-1)
+    return complete_softmax(scores, values, Residual(log_mass, value))
+
+
+def complete_softmax(scores: Tensor, values: Tensor, residual: Residual) -> tuple[Tensor, Tensor]:
+    """Join what was read with the estimate of what was not, and divide once. Leading dimensions are rows.
+
+    Args:
+        scores: float32 ``[..., group, tokens]`` of the tokens that were read; -inf masks one.
+        values: float32 ``[..., tokens, head_size]``.
+        residual: the estimate.
+
+    Returns:
+        Output float32 ``[..., group, head_size]``, and the residual's share of the softmax mass ``[..., group]``.
+    """
+    log_mass = residual.log_mass.unsqueeze(-1)
+    M = torch.maximum(scores.amax(dim=-1, keepdim=True), log_mass)
     weights = (scores - M).exp()
-    D_U = (log_mass.unsqueeze(-1) - M).exp()
+    D_U = (log_mass - M).exp()
     denominator = weights.sum(dim=-1, keepdim=True) + D_U
-    return (weights @ values + D_U * value) / denominator, (D_U / denominator).squeeze(-1)
+    return (weights @ values + D_U * residual.value) / denominator, (D_U / denominator).squeeze(-1)

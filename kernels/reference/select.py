@@ -12,19 +12,19 @@ def reduce_group(scores: Tensor, rule: str) -> Tensor:
     """One score per (KV head, page) from those of its query heads.
 
     Args:
-        scores: ``[heads, group, pages]``.
+        scores: ``[..., group, pages]``.
         rule: ``max``; ``mean``; or ``softmax``: the sum over the query heads of the page's share of that head's
             softmax over pages.
 
     Returns:
-        ``[heads, pages]``.
+        ``[..., pages]``.
     """
     if rule == "max":
-        return scores.amax(dim=1)
+        return scores.amax(dim=-2)
     if rule == "mean":
-        return scores.mean(dim=1)
+        return scores.mean(dim=-2)
     if rule == "softmax":
-        return scores.softmax(dim=-1).sum(dim=1)
+        return scores.softmax(dim=-1).sum(dim=-2)
     raise ValueError(f"group rule {rule!r} is not max, mean or softmax")
 
 
@@ -46,10 +46,10 @@ def select_pages(scores: Tensor, count: int) -> Tensor:
     """The ``count`` best pages of each KV head, ascending. Ties go to the earlier page.
 
     Args:
-        scores: ``[heads, pages]``.
+        scores: ``[..., pages]``.
 
     Returns:
-        int64 ``[heads, count]``.
+        int64 ``[..., count]``.
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=-1).values
+    return order[..., :count].sort(dim=-1).values

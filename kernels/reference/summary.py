@@ -175,11 +175,11 @@ def read_state(planes: Tensor, precise_rows: int) -> Tensor:
     """The state as decoding reads it: the high plane, and both planes of the last ``precise_rows`` rows.
 
     Args:
-        planes: bfloat16 ``[heads, 2, state_rows, head_size]``.
+        planes: bfloat16 ``[..., heads, 2, state_rows, head_size]``.
 
     Returns:
-        float32 ``[heads, state_rows, head_size]``.
+        float32 ``[..., heads, state_rows, head_size]``.
     """
-    high, low = planes.float().unbind(dim=1)
-    rows = high.shape[1] - precise_rows
-    return torch.cat((high[:, :rows], high[:, rows:] + low[:, rows:]), dim=1)
+    high, low = planes.float().unbind(dim=-3)
+    rows = high.shape[-2] - precise_rows
+    return torch.cat((high[..., :rows, :], (high + low)[..., rows:, :]), dim=-2)

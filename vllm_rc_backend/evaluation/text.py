@@ -15,7 +15,8 @@ HELD_OUT_PACKAGES = ("networkx", "gpytorch", "rich", "optax", "hypothesis", "num
 """Packages that this project's small models never saw in training; those that are installed are used."""
 
 TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst"}
-SMALLEST_FILE = 2000
+SMALLEST_FILE, LARGEST_FILE = 2_000, 200_000
+"""Bytes. Short files say too little, and the longest are tables."""
 
 
 class Corpus:
@@ -53,7 +54,7 @@ class Corpus:
         while True:
             for place in range(len(self.documents)):
                 yield self._document((first + place) % len(self.documents))
-    
+
     def _document(self, index: int) -> list[int]:
         cache = self._tokens
         if index not in cache:
@@ -74,9 +75,10 @@ class Corpus:
         raise AssertionError("the stream has no end")
 
     def lines(self, length: int, rng: random.Random) -> list[list[int]]:
-        """A passage of ``length`` tokens as lines; the first may be the end of one."""
+        """A passage of ``length`` tokens as lines; the last is cut to end there."""
         newline = self.encode("\n")[-1]
         tokens = self.passage(length + len(self.bos), rng)[len(self.bos) :]
+        tokens[-1:] = [newline] * min(length, 1)
         lines: list[list[int]] = [[]]
         for token in tokens:
             lines[-1].append(token)
@@ -86,9 +88,9 @@ class Corpus:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Text below a folder (or the file itself), sorted; short files say too little."""
+    """Text below a folder (or the file itself), sorted."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
-    return [f for f in files if f.suffix in TEXT_SUFFIXES and f.is_file() and f.stat().st_size >= SMALLEST_FILE]
+    return [f for f in files if f.suffix in TEXT_SUFFIXES and f.is_file() and SMALLEST_FILE <= f.stat().st_size <= LARGEST_FILE]
 
 
 def _package_folders(names: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
