@@ -1,0 +1,87 @@
+"""Page statistics: when they are computed, what they are, how they are stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.paging import HEAD_SIZE, HEADS, Cache, as_table, geometry, random_tokens
+from vllm_rc_backend.kernels.reference import (
+    decode_statistics,
+    encode_statistics,
+    finish_pages,
+    finished_pages,
+)
+from vllm_rc_backend.selection import POLICIES, make_policy
+
+STORED = sorted(name for name, policy in POLICIES.items() if policy.vectors)
+
+
+@given(st.lists(st.integers(1, 70), max_size=20), st.sampled_from([4, 16]))
+def test_any_chunking_finishes_every_full_page_once(chunks: list[int], page_size: int) -> None:
+    pages, seq_len = [], 0
+    for chunk in chunks:
+        seq_len += chunk
+        pages += finished_pages(seq_len, chunk, page_size)
+    assert pages == list(range(sum(chunks) // page_size))
+
+
+def test_padding_rows_finish_nothing() -> None:
+    assert not finished_pages(0, 0, 16)
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("chunks", [[37], [1] * 37, [5, 16, 1, 15], [8, 8, 8, 8]], ids=str)
+def test_statistics_are_those_of_the_page_whatever_the_chunks(
+    name: str, dtype: torch.dtype, chunks: list[int]
+) -> None:
+    shape, policy = geometry(), make_policy(name)
+    cache, table, blocks = Cache.empty(8, shape), [], 8
+    keys, values = random_tokens(sum(chunks))
+    pages = blocks * shape.pages_per_block
+    untouched = 77
+    codes = torch.full((pages, HEADS, policy.vectors, HEAD_SIZE), untouched, dtype=dtype)
+    scales = torch.full((pages, HEADS, policy.vectors), torch.nan, dtype=torch.float16)
+    seq_len = 0
+    for chunk in chunks:
+        cache.write(table, seq_len, keys[:, seq_len : seq_len + chunk], values[:, seq_len : seq_len + chunk])
+        seq_len += chunk
+        rows = torch.stack((as_table(table), as_table([])))  # the second is padding
+        finish_pages(
+            cache.kv,
+            rows,
+            [seq_len, 0],
+            [chunk, 0],
+            policy,
+            codes,
+            None if dtype == torch.bfloat16 else scales,
+        )
+
+    full = seq_len // 4
+    ids = cache.kv.page_ids(as_table(table), torch.arange(full))
+    expected = policy.statistics(keys[:, : 4 * full].unflatten(1, (full, 4))).transpose(0, 1)
+    expected_codes, expected_scales = encode_statistics(expected, dtype)
+    assert torch.equal(codes[ids], expected_codes)
+    if expected_scales is not None:
+        assert torch.equal(scales[ids], expected_scales)
+    rest = torch.ones(pages, dtype=torch.bool)
+    rest[ids] = False
+    assert (codes[rest] == untouched).all(), "an unfinished or foreign page was written"
+
+
+@given(st.floats(-6, 4), st.integers(0, 1000))
+def test_eight_bits_err_by_at_most_half_a_step(exponent: float, seed: int) -> None:
+    statistics = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(seed)) * 10**exponent
+    codes, scales = encode_statistics(statistics, torch.int8)
+    assert codes.dtype == torch.int8
+    assert scales is not None
+    error = (decode_statistics(codes, scales) - statistics).abs()
+    assert (error <= 0.501 * scales.float().unsqueeze(-1)).all()
+
+
+def test_eight_bits_of_zeros() -> None:
+    codes, scales = encode_statistics(torch.zeros(1, 2, 8), torch.int8)
+    assert torch.equal(decode_statistics(codes, scales), torch.zeros(1, 2, 8))

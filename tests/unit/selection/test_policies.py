@@ -1,0 +1,114 @@
+"""What each page score promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_rc_backend.selection import POLICIES, make_policy
+from vllm_rc_backend.selection.box import Box
+from vllm_rc_backend.selection.mean_var import MeanVar
+from vllm_rc_backend.selection.moba import MoBA
+from vllm_rc_backend.selection.oracle import Oracle
+
+seeds = st.integers(0, 10_000)
+
+
+def keys_and_query(seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Keys ``[heads, pages, page_size, head_size]`` and a query ``[heads, group, head_size]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        spread * torch.randn(2, 6, 16, 32, generator=generator),
+        torch.randn(2, 3, 32, generator=generator) / 32**0.5,
+    )
+
+
+def token_scores(keys: Tensor, query: Tensor) -> Tensor:
+    """``[heads, group, pages, page_size]``."""
+    return torch.einsum("hgd,hpid->hgpi", query, keys)
+
+
+@given(seeds, st.floats(0.01, 30))
+def test_box_with_weight_one_is_quests_upper_bound(seed: int, spread: float) -> None:
+    keys, query = keys_and_query(seed, spread)
+    policy = Box(weight=1.0)
+    bound = policy.score(query, policy.statistics(keys))
+    best = token_scores(keys, query).amax(dim=-1)
+    assert (bound >= best - 1e-4 * spread).all()
+    quest = torch.maximum(
+        query.unsqueeze(2) * keys.amin(dim=2).unsqueeze(1), query.unsqueeze(2) * keys.amax(dim=2).unsqueeze(1)
+    ).sum(dim=-1)
+    assert torch.allclose(bound, quest, rtol=1e-4, atol=1e-4 * spread)
+
+
+@given(seeds)
+def test_box_with_weight_zero_is_the_centre(seed: int) -> None:
+    keys, query = keys_and_query(seed)
+    policy = Box(weight=0.0)
+    centre = (keys.amin(dim=2) + keys.amax(dim=2)) / 2
+    assert torch.allclose(policy.score(query, policy.statistics(keys)), query @ centre.mT, atol=1e-5)
+
+
+@given(seeds)
+def test_moba_is_the_mean_score(seed: int) -> None:
+    keys, query = keys_and_query(seed)
+    score = MoBA().score(query, MoBA().statistics(keys))
+    assert torch.allclose(score, token_scores(keys, query).mean(dim=-1), atol=1e-5)
+
+
+@given(seeds)
+def test_oracle_is_the_log_mass(seed: int) -> None:
+    keys, query = keys_and_query(seed)
+    assert torch.allclose(Oracle().score(query, keys), token_scores(keys, query).logsumexp(dim=-1), atol=1e-5)
+
+
+def test_mean_var_is_the_log_mass_of_normal_keys() -> None:
+    keys = torch.randn(1, 1, 200_000, 8) * torch.linspace(0.2, 1.0, 8) + torch.linspace(-1, 1, 8)
+    query = torch.randn(1, 4, 8) * 0.5
+    exact = Oracle().score(query, keys) - torch.tensor(200_000.0).log()
+    assert torch.allclose(MeanVar().score(query, MeanVar().statistics(keys)), exact, atol=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_order_of_tokens_in_a_page_does_not_matter(name: str) -> None:
+    policy = make_policy(name)
+    keys, query = keys_and_query(3)
+    shuffled = keys[:, :, torch.randperm(16)]
+
+    def score(page_keys: Tensor) -> Tensor:
+        return policy.score(query, page_keys if policy.reads_keys else policy.statistics(page_keys))
+
+    assert torch.allclose(score(keys), score(shuffled), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_shape_and_cost_are_as_declared(name: str) -> None:
+    policy = make_policy(name)
+    keys, query = keys_and_query(0)
+    statistics = policy.statistics(keys)
+    assert statistics.shape == (2, 6, policy.vectors, 32)
+    assert policy.score(query, keys if policy.reads_keys else statistics).shape == (2, 3, 6)
+    assert POLICIES[name].name == name
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_weight_only_where_there_is_one(name: str) -> None:
+    if POLICIES[name].takes_weight:
+        assert make_policy(name, 0.25).weight == 0.25  # type: ignore[attr-defined]
+        assert make_policy(name).weight == 0.5  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(ValueError, match=f"{name} takes no weight, got 0.25"):
+            make_policy(name, 0.25)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"moba"}))
+def test_a_needle_wins(name: str) -> None:
+    """One key that points at the query among fifteen that do not is enough for its page to come first."""
+    keys, query = keys_and_query(5, spread=0.3)
+    keys[:, 4, 7] = 6 * query.mean(dim=1) / query.mean(dim=1).norm(dim=-1, keepdim=True)
+    policy = make_policy(name)
+    group_score = policy.score(query, keys if policy.reads_keys else policy.statistics(keys)).amax(dim=1)
+    assert (group_score.argmax(dim=-1) == 4).all()
