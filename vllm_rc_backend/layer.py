@@ -125,6 +125,9 @@ class SparseLayer:
         self.sparse = sliding_window is None and shares_kv_of is None
         self.store: SideStore | None = None
         self.reserved = False
+        # Set by the platform's backend, where it needs them.
+        self.workspace: Any = None
+        self.attention: Any = None
 
     def layout(self, block_size: int, slots: int) -> StoreLayout:
         """Sizes of this layer's side store."""

@@ -1,0 +1,286 @@
+"""The backend on NVIDIA GPUs: vLLM's FlashAttention for prefill and dense layers, Triton kernels for every decode row.
+
+Nothing here reads a device value. Decode rows, sparse or not, take the same launches on the same buffers, so that a
+captured decode graph serves them all; which rows are sparse is decided on the device from their lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from vllm_rc_backend import compat
+from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
+from vllm_rc_backend.kernels.reference import SummaryPlan
+from vllm_rc_backend.layer import (
+    BackendFace,
+    LayerShape,
+    SparseImpl,
+    SparseLayer,
+    bind,
+    make_tags,
+    refuse_layer,
+    sparse_layers,
+)
+from vllm_rc_backend.observability.device import DeviceMeter
+
+HEAD_SIZES = (64, 96, 128, 256)
+
+
+class RCTopKCUDABackend(BackendFace, FlashAttentionBackend):
+    """vLLM's FlashAttention backend with sparse decode."""
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size in HEAD_SIZES and super().supports_head_size(head_size)
+
+    @staticmethod
+    def get_impl_cls() -> type[RCTopKCUDAImpl]:
+        return RCTopKCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[RCTopKCUDAMetadataBuilder]:
+        return RCTopKCUDAMetadataBuilder
+
+
+@dataclass
+class RCTopKCUDAMetadata:
+    """Metadata of one step. Decode rows come first.
+
+    Attributes:
+        num_actual_tokens: tokens of the step.
+        whole: FlashAttention's metadata of all rows, for dense layers; None if there are none.
+        prefill: the same for the prefill rows alone; None if there are none.
+        num_decodes: decode rows, padding of a captured batch included.
+        block_table, seq_lens, query_start_loc: of all rows.
+        max_query_len: an upper bound of the new tokens of a row.
+        plan: summaries of the decode rows; None without a completion.
+    """
+
+    num_actual_tokens: int
+    whole: FlashAttentionMetadata | None
+    prefill: FlashAttentionMetadata | None
+    num_decodes: int
+    block_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    max_query_len: int
+    plan: SummaryPlan | None
+
+
+class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
+    """Splits each step into decodes and prefills, and plans the summaries for all layers of the group."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    supports_update_block_table: bool = False  # the plan depends on the group's own block table
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        return cls._cudagraph_support
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        layers = bind(vllm_config, layer_names, kv_cache_spec.block_size)
+        self.any_sparse = bool(layers)
+        self.any_dense = len(layers) < len(layer_names)
+        self.planner: SummaryPlanner | None = None
+        self.meter: DeviceMeter | None = None
+        if not layers:
+            return
+        attach(vllm_config, layers)
+        first = next(iter(layers.values()))
+        assert first.store is not None
+        if first.store.layout.slots:
+            tags = make_tags(first.store)
+            self.planner = SummaryPlanner(first.store.layout.geometry, tags, max_rows(vllm_config))
+        workspace = first.attention.workspace
+        self.meter = DeviceMeter(
+            workspace.counters, first.store.layout, len(sparse_layers(vllm_config)), first.config.log_interval
+        )
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> RCTopKCUDAMetadata:
+        common = common_attn_metadata
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        plan = None
+        if self.planner is not None:
+            plan = self.planner.plan(common.block_table_tensor, common.seq_lens, common.query_start_loc)
+        if self.meter is not None:
+            self.meter.poll()
+        prefill = None
+        if prefills and self.any_sparse:
+            # FlashAttention's schedule is made for a whole batch; fast_build leaves it out.
+            prefill = super().build(0, _from_row(common, decodes, decode_tokens), fast_build=True)
+        whole = super().build(0, common, fast_build) if self.any_dense else None
+        return RCTopKCUDAMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            whole=whole,
+            prefill=prefill,
+            num_decodes=decodes,
+            block_table=common.block_table_tensor,
+            seq_lens=common.seq_lens,
+            query_start_loc=common.query_start_loc,
+            max_query_len=common.max_query_len,
+            plan=plan,
+        )
+
+
+def _from_row(common: CommonAttentionMetadata, row: int, token: int) -> CommonAttentionMetadata:
+    """The rows from ``row`` on, whose first token is ``token``."""
+    if row == 0:
+        return common
+    return replace(
+        common,
+        query_start_loc=common.query_start_loc[row:] - token,
+        query_start_loc_cpu=common.query_start_loc_cpu[row:] - token,
+        seq_lens=common.seq_lens[row:],
+        num_reqs=common.num_reqs - row,
+        num_actual_tokens=common.num_actual_tokens - token,
+        block_table_tensor=common.block_table_tensor[row:],
+        slot_mapping=common.slot_mapping[token:],
+    )
+
+
+def max_rows(vllm_config: Any) -> int:
+    """The most rows of a step, padding of captured batches included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    sequences = int(vllm_config.scheduler_config.max_num_seqs)
+    # A uniform decode batch is padded to the next captured size, which can exceed max_num_seqs.
+    return min(max(sequences, captured), 2 * sequences)
+
+
+def reserve_workspaces(vllm_config: Any) -> None:
+    """Allocate the kernels' buffers, shared by all layers of one shape, before vLLM sizes its KV pool."""
+    workspaces: dict[Any, Workspace] = {}
+    for layer in sparse_layers(vllm_config).values():
+        assert layer.store is not None
+        group = layer.shape.num_heads // layer.shape.num_kv_heads
+        shape = make_shape(layer.store.layout, group, layer.config.group_rule)
+        if shape not in workspaces:
+            workspaces[shape] = Workspace(
+                shape,
+                max_rows(vllm_config),
+                vllm_config.model_config.max_model_len,
+                layer.store.codes.device,
+            )
+        layer.workspace = workspaces[shape]
+
+
+def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
+    """Make the layers' attention objects, now that the block size of their block table is known."""
+    impls = {name: layer.impl for name, layer in compat.attention_layers(vllm_config).items()}
+    for name, layer in layers.items():
+        assert layer.store is not None
+        group = layer.shape.num_heads // layer.shape.num_kv_heads
+        layer.workspace.shape = make_shape(layer.store.layout, group, layer.config.group_rule)
+        layer.attention = TritonAttention(layer.store, layer.workspace, impls[name].scale)
+
+
+class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
+    """One attention layer on the GPU."""
+
+    can_return_lse_for_decode: bool = False
+    supports_dcp: bool = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        refuse_layer(alibi_slopes, logits_soft_cap, sinks, attn_type)
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+        )
+        self.sparse_layer = SparseLayer(
+            LayerShape(num_heads, num_kv_heads, head_size, kv_cache_dtype),
+            sliding_window,
+            kv_sharing_target_layer_name,
+        )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        first = not self.sparse_layer.reserved
+        super().process_weights_after_loading(act_dtype)
+        if first:
+            reserve_workspaces(self.sparse_layer.vllm_config)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: RCTopKCUDAMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None:  # profiling
+            return output.fill_(0)
+        meta = attn_metadata
+        if not self.sparse_layer.sparse:
+            return super().forward(
+                layer, query, key, value, kv_cache, meta.whole, output, output_scale, output_block_scale
+            )
+        attention, decodes = self.sparse_layer.attention, meta.num_decodes
+        if decodes:
+            rows = query[:decodes]
+            if rows.dtype != output.dtype:  # vLLM quantised it for FlashAttention's fp8 path
+                rows = rows.to(output.dtype) * layer._q_scale.to(output.dtype)
+            attention.key_scale, attention.value_scale = layer._k_scale_float, layer._v_scale_float
+            attention.decode(
+                rows, kv_cache, meta.block_table[:decodes], meta.seq_lens[:decodes], meta.plan, output[:decodes]
+            )
+        if meta.prefill is not None:
+            attention.key_scale = layer._k_scale_float
+            attention.update_prefill(
+                kv_cache,
+                meta.block_table[decodes:],
+                meta.seq_lens[decodes:],
+                meta.query_start_loc[decodes:],
+                meta.max_query_len,
+            )
+            super().forward(
+                layer,
+                query[decodes:],
+                key[decodes:],
+                value[decodes:],
+                kv_cache,
+                meta.prefill,
+                output[decodes:],
+            )
+        return output

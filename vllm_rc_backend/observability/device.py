@@ -1,0 +1,68 @@
+"""Brings the kernels' counters to the host without ever waiting for the device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.attention_triton import COUNTERS
+from vllm_rc_backend.observability import meter
+from vllm_rc_backend.observability.meter import Counts
+from vllm_rc_backend.side_store import StoreLayout
+
+
+class DeviceMeter:
+    """Copies the counters to pinned memory now and then, and reads the copy once it has arrived.
+
+    Args:
+        counters: int64 ``[len(COUNTERS)]`` on the device, totals over rows and layers.
+        layout: of the layers that add to them.
+        layers: how many add to them; the meter counts per layer.
+        interval: seconds between copies, 0 for never.
+    """
+
+    def __init__(self, counters: Tensor, layout: StoreLayout, layers: int, interval: float) -> None:
+        self.counters = counters
+        self.layout = layout
+        self.layers = layers
+        self.interval = interval
+        self.host = torch.zeros(len(COUNTERS), dtype=torch.int64, pin_memory=True)
+        self.arrived = torch.cuda.Event()
+        self.waiting = False
+        self.next = time.monotonic() + interval
+        meter.get().interval = interval
+
+    def poll(self) -> None:
+        """Called once a step, from the host; a few microseconds."""
+        if self.waiting:
+            if self.arrived.query():
+                self.waiting = False
+                meter.get().counts = self.read(self.host)
+                meter.get().log()
+            return
+        if self.interval and time.monotonic() >= self.next and not torch.cuda.is_current_stream_capturing():
+            self.next = time.monotonic() + self.interval
+            self.host.copy_(self.counters, non_blocking=True)
+            self.arrived.record()
+            self.waiting = True
+
+    def read(self, counters: Tensor) -> Counts:
+        """Totals per layer, from the counters on the host."""
+        totals = dict(zip(COUNTERS, counters.tolist(), strict=True))
+        per_layer = {name: total / self.layers for name, total in totals.items()}
+        page = self.layout.statistics_bytes / self.layout.token_bytes
+        summary = self.layout.completion.tokens_read(self.layout.head_size) * 2 / self.layout.kv_bytes
+        with_summary = per_layer["sparse_rows"] - per_layer["rows_without_summary"]
+        return Counts(
+            sparse_rows=round(per_layer["sparse_rows"]),
+            dense_rows=round(per_layer["dense_rows"]),
+            missing_summaries=round(per_layer["rows_without_summary"]) if self.layout.slots else 0,
+            tokens_held=round(per_layer["tokens_held"]),
+            tokens_read=round(per_layer["tokens_read"]),
+            statistics_equivalents=per_layer["pages_scored"] * page,
+            summary_equivalents=with_summary * summary,
+            residual_share=totals["residual_share_millionths"] / 1e6,
+            residual_samples=totals["sparse_rows"],
+        )
