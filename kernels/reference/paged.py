@@ -28,7 +28,9 @@ class PagedKV:
     value_scale: float = 1.0
 
     @classmethod
-    def packed(cls, cache: Tensor, page_size: int, key_scale: float = 1.0, value_scale: float = 1.0) -> PagedKV:
+    def packed(
+        cls, cache: Tensor, page_size: int, key_scale: float = 1.0, value_scale: float = 1.0
+    ) -> PagedKV:
         """vLLM's GPU order: ``[block, head, token, K then V]``, any strides."""
         block_size, width = cache.shape[2:]
         index = torch.arange(block_size * width, device=cache.device).view(block_size, width)
@@ -76,12 +78,14 @@ class PagedKV:
         """
         blocks, places = page_ids // self.pages_per_block, page_ids % self.pages_per_block
         heads = torch.arange(self.heads, device=page_ids.device).unsqueeze(-1)
-        content = self.cache[blocks, heads].flatten(start_dim=2)  # [heads, pages, 2 * block_size * head_size]
+        # [heads, pages, 2 * block_size * head_size]; widened first: fp8 tensors cannot be gathered.
+        content = self.cache[blocks, heads].flatten(start_dim=2).float()
 
         def take(index: Tensor, scale: float) -> Tensor:
             places_index = index.view(self.pages_per_block, -1)[places].expand(self.heads, -1, -1)
-            rows = content.gather(2, places_index).float()
-            return rows.unflatten(2, (self.page_size, self.head_size)) * scale
+            rows: Tensor = content.gather(2, places_index)
+            tokens: Tensor = rows.unflatten(2, (self.page_size, self.head_size)) * scale
+            return tokens
 
         return take(self.key_index, self.key_scale), take(self.value_index, self.value_scale)
 

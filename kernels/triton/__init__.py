@@ -1,0 +1,1 @@
+"""The reference kernels, fast. Each file names its twin; ``vllm_rc_backend.attention_triton`` launches them."""

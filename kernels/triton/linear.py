@@ -1,0 +1,83 @@
+"""The ``linear`` completion inside the decode kernel: twin of ``completion.Linear.residual``.
+
+It enters twice: ``tilt`` once per (row, head) beside the splits of the exact part, and ``residual`` in the merge.
+Scores and log-masses are in base 2 here.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_rc_backend.kernels.triton.matmul import dot
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def state_vector(state, row, S: tl.constexpr):
+    """A row of a state from both bfloat16 planes: float32 ``[block_d]``. ``state`` points to (slot, head)."""
+    cols = tl.arange(0, S.block_d)
+    at = state + row * S.head_size + cols
+    real = cols < S.head_size
+    high = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    return high + tl.load(at + S.state_rows * S.head_size, mask=real, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tilt(query, stride_query_head, state, n, scale, S: tl.constexpr, CHUNK: tl.constexpr):
+    """What the summary says of a query before it is known what was retrieved.
+
+    Args:
+        query: points to the first query head of the KV head.
+        state: points to (slot, head).
+        n: tokens of the mid region.
+
+    Returns:
+        (q^T C)/n - (q.K1/n)(V1/n) ``[block_m, block_d]`` with V1 in row ``group``, and q.K1 in base 2 ``[block_m]``.
+    """
+    M: tl.constexpr = S.block_m
+    D: tl.constexpr = S.block_d
+    heads = tl.arange(0, M)
+    cols = tl.arange(0, D)
+    q_C = tl.zeros([M, D], tl.float32)
+    q_K1 = tl.zeros([M], tl.float32)
+    for start in tl.static_range(0, D, CHUNK):
+        rows = start + tl.arange(0, CHUNK)
+        q = tl.load(
+            query + heads[:, None] * stride_query_head + rows[None, :],
+            mask=(heads < S.group)[:, None] & (rows < S.head_size)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        C = tl.load(
+            state + rows[:, None] * S.head_size + cols[None, :],
+            mask=(rows < S.head_size)[:, None] & (cols < S.head_size)[None, :],
+            other=0.0,
+        )
+        high = q.to(tl.bfloat16)
+        q_C = dot(high, C, q_C)
+        if query.dtype.element_ty != tl.bfloat16:
+            q_C = dot((q - high.to(tl.float32)).to(tl.bfloat16), C, q_C)
+        at = state + S.head_size * S.head_size + rows
+        K1 = tl.load(at, mask=rows < S.head_size, other=0.0).to(tl.float32)
+        K1 += tl.load(at + S.state_rows * S.head_size, mask=rows < S.head_size, other=0.0).to(tl.float32)
+        q_K1 += tl.sum(q * K1[None, :], 1)
+    V1 = state_vector(state, S.head_size + 1, S)
+    mean_score = q_K1 * (scale / n)
+    result = q_C * (scale / n) - mean_score[:, None] * (V1 / n)[None, :]
+    return tl.where((heads == S.group)[:, None], V1[None, :], result), q_K1 * (scale * LOG2_E)
+
+
+@triton.jit
+def residual(tilt_rows, q_K1, retrieved_scores, retrieved_values, n, n_retrieved, S: tl.constexpr):
+    """Log-mass (base 2) and mean value of what was not read.
+
+    Args:
+        tilt_rows, q_K1: from ``tilt``.
+        retrieved_scores: ``[block_m]``, sum of the retrieved tokens' scores in base 2.
+        retrieved_values: ``[block_d]``, sum of their values.
+        n, n_retrieved: tokens of the mid region, and of them retrieved (fewer).
+    """
+    heads = tl.arange(0, S.block_m)
+    n_U = (n - n_retrieved).to(tl.float32)
+    V1 = tl.sum(tl.where((heads == S.group)[:, None], tilt_rows, 0.0), 0)
+    log_mass = tl.log2(n_U) + (q_K1 - retrieved_scores) / n_U
+    return log_mass, tilt_rows + ((V1 - retrieved_values) / n_U)[None, :]

@@ -1,0 +1,63 @@
+"""What a kernel is compiled for: one hashable object, passed as a single ``tl.constexpr``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_rc_backend.kernels.geometry import Geometry
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer on one rank.
+
+    Attributes:
+        geometry: the regions of a sequence.
+        heads: KV heads.
+        group: query heads of a KV head.
+        head_size: elements of a key.
+        query_map: what the second statistic is multiplied with, ``abs`` (box), ``square`` (mean_var), or ``none``
+            for a policy with one vector.
+        spread_weight: weight of that second term.
+        group_rule: ``max`` or ``mean`` over the query heads of a KV head.
+        completion: ``linear`` or ``none``.
+    """
+
+    geometry: Geometry
+    heads: int
+    group: int
+    head_size: int
+    query_map: str
+    spread_weight: float
+    group_rule: str
+    completion: str
+
+    @property
+    def vectors(self) -> int:
+        """Statistics kept per page."""
+        return 1 if self.query_map == "none" else 2
+
+    @property
+    def block_d(self) -> int:
+        """Head size padded to a power of two."""
+        return next_power_of_2(self.head_size)
+
+    @property
+    def block_n(self) -> int:
+        """Query heads of a KV head padded to what a matrix instruction takes."""
+        return max(16, next_power_of_2(self.group))
+
+    @property
+    def block_m(self) -> int:
+        """The same with room for the row of ones that sums the retrieved values."""
+        return max(16, next_power_of_2(self.group + 1))
+
+    @property
+    def state_rows(self) -> int:
+        """Rows of a summary: C, K1, V1."""
+        return self.head_size + 2

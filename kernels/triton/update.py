@@ -1,0 +1,67 @@
+"""What a decode step owes the side store, for all rows in one launch; in most steps every program ends at once."""
+
+import triton
+import triton.language as tl
+
+from vllm_rc_backend.kernels.triton.paged import page_of
+from vllm_rc_backend.kernels.triton.statistics import finish_page
+from vllm_rc_backend.kernels.triton.summary import absorb_columns
+
+
+@triton.jit
+def update_kernel(
+    kv,
+    block_table,
+    seq_lens,
+    codes,
+    scales,
+    states,
+    plan_slot,
+    plan_source,
+    plan_first,
+    plan_last,
+    key_scale,
+    value_scale,
+    stride_block,
+    stride_head,
+    stride_token,
+    stride_table,
+    S: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid (1 + column tiles of a summary, heads, rows): statistics of a page finished now, and the summary."""
+    g: tl.constexpr = S.geometry
+    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv += head.to(tl.int64) * stride_head
+    block_table += row.to(tl.int64) * stride_table
+    if part == 0:
+        seq_len = tl.load(seq_lens + row)
+        if (seq_len > 0) & (seq_len % g.page_size == 0):
+            page = page_of(block_table, seq_len // g.page_size - 1, seq_len > 0, g)
+            finish_page(kv, codes, scales, page, head, key_scale, stride_block, stride_token, S)
+    elif S.completion == "linear":
+        slot = tl.load(plan_slot + row)
+        first = tl.load(plan_first + row)
+        last = tl.load(plan_last + row)
+        if (slot >= 0) & (first < last):
+            source = tl.load(plan_source + row)
+            size = S.heads * 2 * S.state_rows * S.head_size
+            states += head * (2 * S.state_rows * S.head_size)
+            absorb_columns(
+                kv,
+                block_table,
+                states + slot.to(tl.int64) * size,
+                states + tl.maximum(source, 0).to(tl.int64) * size,
+                source,
+                first * g.page_size,
+                last * g.page_size,
+                (part - 1) * COLS,
+                key_scale,
+                value_scale,
+                stride_block,
+                stride_token,
+                S,
+                COLS,
+                TILE,
+            )

@@ -1,0 +1,389 @@
+"""Sparse decoding by the Triton kernels, for full CUDA graphs: fixed grids and buffers, no host reads.
+
+Per step and KV-cache group: ``SummaryPlanner.plan``. Per step and layer: ``TritonAttention.update_prefill`` for rows
+with more than one new token, ``TritonAttention.decode`` for all others, sparse or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
+from vllm_rc_backend.kernels.triton.decode import decode_kernel
+from vllm_rc_backend.kernels.triton.select import select_kernel
+from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
+from vllm_rc_backend.kernels.triton.statistics import finish_pages_kernel
+from vllm_rc_backend.kernels.triton.summary import plan_kernel
+from vllm_rc_backend.kernels.triton.update import update_kernel
+from vllm_rc_backend.side_store import SideStore, StoreLayout
+
+COUNTERS = (
+    "sparse_rows",
+    "dense_rows",
+    "rows_without_summary",
+    "tokens_held",
+    "tokens_read",
+    "pages_scored",
+    "residual_share_millionths",
+)
+"""What the kernels add to ``Workspace.counters``, once per decode row and layer: rows by kind (of the sparse ones, how
+many had no summary), tokens in their contexts, tokens whose K and V one KV head read exactly, pages whose statistics it
+read, and the residual's share of the softmax mass (of KV head 0, in millionths)."""
+
+GROUP_RULES = ("max", "mean")
+POLICY_QUERY_MAPS = {"box": "abs", "mean_var": "square", "moba": "none"}
+
+
+def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
+    """What the kernels are compiled for.
+
+    Raises:
+        ValueError: a policy, group rule or completion that these kernels do not have.
+    """
+    policy = layout.policy
+    if policy.name not in POLICY_QUERY_MAPS:
+        raise ValueError(
+            f"selection={policy.name} has no GPU kernel; allowed: {', '.join(POLICY_QUERY_MAPS)}"
+        )
+    if group_rule not in GROUP_RULES:
+        raise ValueError(f"group_rule={group_rule} has no GPU kernel; allowed: {', '.join(GROUP_RULES)}")
+    if layout.completion.name not in ("linear", "none"):
+        raise ValueError(f"completion={layout.completion.name} has no GPU kernel; allowed: linear, none")
+    geometry = layout.geometry
+    if geometry.budget >= 1:
+        geometry = dataclasses.replace(geometry, budget=int(geometry.budget))
+    return Shape(
+        geometry=geometry,
+        heads=layout.heads,
+        group=group,
+        head_size=layout.head_size,
+        query_map=POLICY_QUERY_MAPS[policy.name],
+        spread_weight=float(getattr(policy, "weight", 0.0)),
+        group_rule=group_rule,
+        completion=layout.completion.name,
+    )
+
+
+def most_retrieved_pages(geometry: Geometry, max_model_len: int) -> int:
+    """The largest ``Geometry.retrieved_pages`` of a sparse row up to this length."""
+    pages = max_model_len // geometry.page_size
+    budget = int(geometry.budget) if geometry.budget >= 1 else int(geometry.budget * max_model_len)
+    shortest_anchors = geometry.sink_tokens + geometry.tail_tokens
+    return max(1, min((budget - shortest_anchors) // geometry.page_size, pages))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch parameters, measured on an H200 (docs/performance.md)."""
+
+    processors: int = 132
+    score_tile: int = 128
+    score_warps: int = 4
+    score_stages: int = 2
+    score_programs: int = 6  # per multiprocessor
+    decode_tile: int = 64
+    decode_warps: int = 4
+    decode_stages: int = 2
+    decode_programs: int = 3  # per multiprocessor
+    most_splits: int = 32
+    update_columns: int = 32
+
+
+class Workspace:
+    """Buffers that hold nothing between layers: allocate once and share among all layers of the same shape.
+
+    Attributes:
+        counters: int64 ``[len(COUNTERS)]`` that the kernels add to.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        max_rows: int,
+        max_model_len: int,
+        device: torch.device | str,
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.shape = shape
+        self.tuning = tuning = tuning or Tuning()
+        self.max_rows = max_rows
+        geometry, heads = shape.geometry, shape.heads
+        self.max_pages = max(max_model_len // geometry.page_size, 1)
+        self.max_selected = most_retrieved_pages(geometry, max_model_len)
+        # Neighbours per maximum, so that the two levels of the selection have about equally much to look at.
+        self.neighbours = 1
+        while self.max_pages > 2048 and self.neighbours**2 * self.max_selected * 2 < self.max_pages:
+            self.neighbours *= 2
+        self.max_groups = -(-self.max_pages // self.neighbours)
+        first = next_power_of_2(self.max_groups)
+        second = next_power_of_2(
+            self.max_selected * self.neighbours if self.neighbours > 1 else self.max_pages
+        )
+        # (keys looked at at a time, whether that is all of them)
+        self.select_blocks = tuple((min(max(n, 16), 4096), n <= 4096) for n in (first, second))
+
+        def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        self.keys = empty(max_rows, heads, self.max_pages)
+        self.maxima = empty(max_rows, heads, self.max_groups)
+        self.selected = empty(max_rows, heads, self.max_selected)
+        most_partials = max(rows * (self.decode_splits(rows) + 1) for rows in range(1, max_rows + 1)) * heads
+        self.partial_out = empty(most_partials, shape.block_m, shape.block_d, dtype=torch.float32)
+        self.partial_stats = empty(most_partials, 3, shape.block_m, dtype=torch.float32)
+        self.arrivals = torch.zeros(2, max_rows, heads, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
+
+    def score_splits(self, rows: int) -> int:
+        """Programs that score the pages of one (row, head)."""
+        tuning = self.tuning
+        wanted = -(-tuning.processors * tuning.score_programs // (rows * self.shape.heads))
+        return max(1, min(wanted, -(-self.max_pages // tuning.score_tile)))
+
+    def decode_splits(self, rows: int) -> int:
+        """Programs that attend to the tokens of one (row, head), the summary's aside."""
+        tuning = self.tuning
+        wanted = -(-tuning.processors * tuning.decode_programs // (rows * self.shape.heads))
+        return max(1, min(next_power_of_2(wanted), tuning.most_splits))
+
+
+class SummaryPlanner:
+    """Which summary slot each row of a step uses; one per KV-cache group, shared by its layers."""
+
+    def __init__(self, geometry: Geometry, tags: SummaryTags, max_rows: int) -> None:
+        device = tags.slot_page.device
+        if geometry.budget >= 1:
+            geometry = dataclasses.replace(geometry, budget=int(geometry.budget))
+        self.geometry = geometry
+        self.tags = tags
+        self.max_rows = max_rows
+        self.scratch = torch.empty(2, len(tags.slot_page), dtype=torch.int32, device=device)
+        self.columns = torch.zeros(4, max_rows, dtype=torch.int32, device=device)
+        self.columns[0] = -1
+
+    @property
+    def current(self) -> SummaryPlan:
+        """The plan's persistent tensors ``[max_rows]``: slot, source, first, last."""
+        return SummaryPlan(*self.columns)
+
+    def plan(self, block_table: Tensor, seq_lens: Tensor, query_start: Tensor) -> SummaryPlan:
+        """Once per step, before any layer: one launch that finds or assigns slots and updates the tags.
+
+        Args:
+            block_table: int32 ``[rows, max_blocks]``.
+            seq_lens: int32 ``[rows]``, 0 in padding rows.
+            query_start: int32 ``[rows + 1]``, where each row's new tokens start.
+        """
+        rows, tags = len(seq_lens), self.tags
+        users, free = self.scratch
+        plan = self.current
+        plan_kernel[(1,)](
+            tags.slot_page,
+            tags.page_slot,
+            tags.next_slot,
+            block_table,
+            seq_lens,
+            query_start,
+            plan.slot,
+            plan.source,
+            plan.first,
+            plan.last,
+            users,
+            free,
+            rows,
+            len(users),
+            block_table.stride(0),
+            g=self.geometry,
+            ROWS=next_power_of_2(self.max_rows),
+            SLOTS=next_power_of_2(len(users)),
+            num_warps=4,
+        )
+        return plan
+
+
+class TritonAttention:
+    """Sparse attention of one layer."""
+
+    def __init__(
+        self,
+        store: SideStore,
+        workspace: Workspace,
+        scale: float,
+        key_scale: float = 1.0,
+        value_scale: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            store: this layer's page statistics and summaries.
+            workspace: shared by all layers.
+            scale: the softmax scale.
+            key_scale, value_scale: factors of a quantised cache.
+        """
+        self.store = store
+        self.workspace = workspace
+        self.shape = workspace.shape
+        self.scale = scale
+        self.key_scale = key_scale
+        self.value_scale = value_scale
+
+    def update_prefill(
+        self, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor, max_query_len: int
+    ) -> None:
+        """Statistics of all pages that this step finished.
+
+        Args:
+            kv_cache: ``[blocks, heads, block_size, 2 * head_size]``, any strides, this step's tokens written.
+            block_table: int32 ``[rows, max_blocks]``.
+            seq_lens: int32 ``[rows]``.
+            query_start: int32 ``[rows + 1]``.
+            max_query_len: an upper bound of the new tokens of a row.
+        """
+        kv = self._cache(kv_cache)
+        pages = -(-max_query_len // self.shape.geometry.page_size)
+        finish_pages_kernel[(pages, self.shape.heads, len(seq_lens))](
+            kv,
+            block_table,
+            seq_lens,
+            query_start,
+            self.store.codes,
+            self.store.scales,
+            self.key_scale,
+            *kv.stride()[:3],
+            block_table.stride(0),
+            S=self.shape,
+            num_warps=1,
+        )
+
+    def decode(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        plan: SummaryPlan | None,
+        out: Tensor,
+    ) -> None:
+        """One decode step of rows with one new token each: side store, selection, attention.
+
+        Args:
+            query: ``[rows, heads * group, head_size]``, unscaled.
+            kv_cache: see ``update_prefill``.
+            block_table: int32 ``[rows, max_blocks]``.
+            seq_lens: int32 ``[rows]``, this step's token included; 0 in padding rows.
+            plan: from ``SummaryPlanner.plan``; None without a completion.
+            out: ``[rows, heads * group, head_size]``; zeros are written to padding rows.
+        """
+        kv = self._cache(kv_cache)
+        self.update(kv, block_table, seq_lens, plan)
+        self.select(query, block_table, seq_lens)
+        self.attend(query, kv, block_table, seq_lens, plan, out)
+
+    def update(self, kv: Tensor, block_table: Tensor, seq_lens: Tensor, plan: SummaryPlan | None) -> None:
+        """First launch: statistics of pages finished by this token, and the summaries' part of the plan."""
+        shape, store = self.shape, self.store
+        columns = self.workspace.tuning.update_columns
+        parts = 1 + (0 if plan is None else -(-shape.head_size // columns))
+        update_kernel[(parts, shape.heads, len(seq_lens))](
+            kv,
+            block_table,
+            seq_lens,
+            store.codes,
+            store.scales,
+            store.states,
+            *((None,) * 4 if plan is None else (plan.slot, plan.source, plan.first, plan.last)),
+            self.key_scale,
+            self.value_scale,
+            *kv.stride()[:3],
+            block_table.stride(0),
+            S=shape,
+            COLS=columns,
+            TILE=64,
+            num_warps=4,
+        )
+
+    def select(self, query: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
+        """Second launch: page scores and the pages of each (row, head), into ``workspace.selected``."""
+        work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
+        select_kernel[(work.score_splits(rows), self.shape.heads, rows)](
+            query,
+            self.store.codes,
+            self.store.scales,
+            block_table,
+            seq_lens,
+            work.keys,
+            work.maxima,
+            work.selected,
+            work.arrivals[0],
+            work.counters,
+            self.scale,
+            query.stride(0),
+            query.stride(1),
+            block_table.stride(0),
+            work.max_pages,
+            work.max_groups,
+            work.max_selected,
+            S=self.shape,
+            TILE=tuning.score_tile,
+            GROUP=work.neighbours,
+            BLOCKS=work.select_blocks,
+            num_warps=tuning.score_warps,
+            num_stages=tuning.score_stages,
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        plan: SummaryPlan | None,
+        out: Tensor,
+    ) -> None:
+        """Third launch: attention over the selected pages and anchors (or all tokens), completed."""
+        work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
+        splits = work.decode_splits(rows)
+        decode_kernel[(splits + 1, self.shape.heads, rows)](
+            query,
+            kv,
+            block_table,
+            seq_lens,
+            work.selected,
+            self.store.states,
+            None if plan is None else plan.slot,
+            work.partial_out,
+            work.partial_stats,
+            work.arrivals[1],
+            out,
+            work.counters,
+            self.scale,
+            self.key_scale,
+            self.value_scale,
+            query.stride(0),
+            query.stride(1),
+            *kv.stride()[:3],
+            block_table.stride(0),
+            out.stride(0),
+            out.stride(1),
+            work.max_selected,
+            S=self.shape,
+            TILE=tuning.decode_tile,
+            SPLITS=splits,
+            num_warps=tuning.decode_warps,
+            num_stages=tuning.decode_stages,
+        )
+
+    def _cache(self, kv_cache: Tensor) -> Tensor:
+        if kv_cache.dtype == torch.uint8:  # how vLLM holds fp8
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+        assert kv_cache.stride(-1) == 1
+        return kv_cache
