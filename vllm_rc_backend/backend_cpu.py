@@ -78,7 +78,6 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             store = next(iter(self.layers.values())).store
             assert store is not None
             self.layout = store.layout
-            meter.get().interval = next(iter(self.layers.values())).config.log_interval
             self.tags = make_tags(store) if store.layout.slots else None
 
     def build(

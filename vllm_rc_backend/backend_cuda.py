@@ -108,9 +108,7 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             tags = make_tags(first.store)
             self.planner = SummaryPlanner(first.store.layout.geometry, tags, max_rows(vllm_config))
         workspace = first.attention.workspace
-        self.meter = DeviceMeter(
-            workspace.counters, first.store.layout, len(sparse_layers(vllm_config)), first.config.log_interval
-        )
+        self.meter = DeviceMeter(workspace.counters, first.store.layout, len(sparse_layers(vllm_config)))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -121,7 +119,7 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         if self.planner is not None:
             plan = self.planner.plan(common.block_table_tensor, common.seq_lens, common.query_start_loc)
         if self.meter is not None:
-            self.meter.poll()
+            self.meter.step()
         prefill = None
         if prefills and self.any_sparse:
             # FlashAttention's schedule is made for a whole batch; fast_build leaves it out.

@@ -17,6 +17,7 @@ from vllm_rc_backend.completion import make_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import SummaryTags
+from vllm_rc_backend.observability import meter, metrics
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
@@ -210,6 +211,12 @@ def reserve(vllm_config: Any) -> None:
         layout = replace(layouts[name], slots=slots)
         layer.store = SideStore(layout, blocks * layout.geometry.pages_per_block, device)
     _report(vllm_config, layers, blocks)
+    counters = meter.get()
+    counters.interval = next(iter(layers.values())).config.log_interval
+    if vllm_config.parallel_config.rank == 0:  # other ranks count the same
+        metrics.publish()
+    else:
+        counters.interval = 0
 
 
 def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[str, SparseLayer]:

@@ -15,12 +15,14 @@ def register() -> Any:
         The member of vLLM's ``AttentionBackendEnum``.
     """
     from vllm_rc_backend import compat
+    from vllm_rc_backend.observability import metrics
 
     member = compat.register_member(NAME, CLASS_PATH)
     # vLLM unpickles its configuration before it loads plugins (spawned processes, Ray actors). A member that was added
     # at run time would be looked up by value there and not be found; this way unpickling registers it first.
     member.__reduce_ex__ = _reduce
     compat.let_cpu_platform_choose(member)
+    metrics.offer()
     return member
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
@@ -14,39 +12,27 @@ from vllm_rc_backend.side_store import StoreLayout
 
 
 class DeviceMeter:
-    """Copies the counters to pinned memory now and then, and reads the copy once it has arrived.
+    """Copies the counters to pinned memory every step; whoever reads that sees the last step that has finished.
 
     Args:
         counters: int64 ``[len(COUNTERS)]`` on the device, totals over rows and layers.
         layout: of the layers that add to them.
         layers: how many add to them; the meter counts per layer.
-        interval: seconds between copies, 0 for never.
     """
 
-    def __init__(self, counters: Tensor, layout: StoreLayout, layers: int, interval: float) -> None:
+    def __init__(self, counters: Tensor, layout: StoreLayout, layers: int) -> None:
         self.counters = counters
         self.layout = layout
         self.layers = layers
-        self.interval = interval
         self.host = torch.zeros(len(COUNTERS), dtype=torch.int64, pin_memory=True)
-        self.arrived = torch.cuda.Event()
-        self.waiting = False
-        self.next = time.monotonic() + interval
-        meter.get().interval = interval
 
-    def poll(self) -> None:
-        """Called once a step, from the host; a few microseconds."""
-        if self.waiting:
-            if self.arrived.query():
-                self.waiting = False
-                meter.get().counts = self.read(self.host)
-                meter.get().log()
+    def step(self) -> None:
+        """Called once a step, from the host; a few microseconds, no wait."""
+        if torch.cuda.is_current_stream_capturing():
             return
-        if self.interval and time.monotonic() >= self.next and not torch.cuda.is_current_stream_capturing():
-            self.next = time.monotonic() + self.interval
-            self.host.copy_(self.counters, non_blocking=True)
-            self.arrived.record()
-            self.waiting = True
+        self.host.copy_(self.counters, non_blocking=True)
+        meter.get().counts = self.read(self.host)
+        meter.get().log()
 
     def read(self, counters: Tensor) -> Counts:
         """Totals per layer, from the counters on the host."""

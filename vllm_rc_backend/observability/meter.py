@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from vllm_rc_backend.side_store import StoreLayout
@@ -29,6 +29,10 @@ class Counts:
     summary_equivalents: float = 0.0
     residual_share: float = 0.0
     residual_samples: int = 0
+
+    def copy(self) -> Counts:
+        """A snapshot."""
+        return replace(self)
 
     def since(self, earlier: Counts) -> Counts:
         """The difference of two snapshots."""
@@ -89,7 +93,7 @@ class Meter:
         since = self.counts.since(self._logged)
         if since.sparse_rows + since.dense_rows:
             logger.info("rc_topk: %s", since.sentence())
-            self._logged = Counts(**vars(self.counts))
+            self._logged = self.counts.copy()
             self._next = now + self.interval
 
 

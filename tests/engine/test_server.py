@@ -1,0 +1,209 @@
+"""``vllm serve`` with the plugin, as a client sees it: the OpenAI API, disconnects, restarts, metrics, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from .conftest import MODEL
+
+Prompt = Callable[..., dict[str, list[int]]]
+BUDGET = 192
+
+
+class Server:
+    """A running ``vllm serve``."""
+
+    def __init__(self, log: Path, options: str, extra: tuple[str, ...] = ()) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = log
+        self.url = f"http://127.0.0.1:{self.port}"
+        arguments = [
+            *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "4096", "--max-num-seqs", "16"),
+            *("--enforce-eager", "--attention-backend", "rc_topk", "--additional-config", options),
+            *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(128 << 20)),
+        ]
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [str(Path(sys.executable).parent / "vllm"), "serve", MODEL, *arguments, *extra],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: int = 240) -> bool:
+        """Until it is healthy (True) or has ended (False)."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                return False
+            if self.healthy():
+                return True
+            time.sleep(0.5)
+        raise TimeoutError(self.log.read_text()[-4000:])
+
+    def healthy(self) -> bool:
+        """What its health check says."""
+        try:
+            with urllib.request.urlopen(self.url + "/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def metric(self, name: str) -> float:
+        """A counter on /metrics."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        found = re.search(rf"^{name}(?:{{.*}})? ([0-9.e+]+)$", text, re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+    @property
+    def client(self) -> openai.OpenAI:
+        """A client of this server."""
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=120, max_retries=0)
+
+    def stop(self) -> None:
+        """Stop it and everything it started."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+@contextmanager
+def serving(log: Path, options: dict[str, Any], *extra: str) -> Iterator[Server]:
+    server = Server(log, json.dumps({"rc_topk": options}), extra)
+    try:
+        assert server.wait(), log.read_text()[-4000:]
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server") / "log", {"budget": BUDGET, "log_interval": 1}) as running:
+        yield running
+
+
+def complete(server: Server, tokens: list[int], **kwargs: Any) -> Any:
+    defaults = {"max_tokens": 24, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    return server.client.completions.create(model=MODEL, prompt=tokens, **(defaults | kwargs))
+
+
+def test_completion_and_stream_agree(server: Server, prompt: Prompt) -> None:
+    tokens = prompt(1000)["prompt_token_ids"]
+    whole = complete(server, tokens).choices[0].text
+    parts = [chunk.choices[0].text for chunk in complete(server, tokens, stream=True)]
+    assert len(parts) > 5
+    assert "".join(parts) == whole
+
+
+def test_features_of_the_api(server: Server, prompt: Prompt) -> None:
+    tokens = prompt(700, 1)["prompt_token_ids"]
+    several = complete(server, tokens, n=3, temperature=0.9, logprobs=2)
+    assert len(several.choices) == 3
+    assert all(len(c.logprobs.token_logprobs) == 24 for c in several.choices)
+    text = complete(server, tokens).choices[0].text
+    stop = text[len(text) // 2]
+    assert complete(server, tokens, stop=[stop]).choices[0].text == text[: text.index(stop)]
+    shaped = complete(server, tokens, extra_body={"structured_outputs": {"regex": "[0-9]{6}"}}, max_tokens=12)
+    assert re.fullmatch("[0-9]{6}", shaped.choices[0].text)
+
+
+def test_turns_reuse_the_prefix(server: Server, prompt: Prompt) -> None:
+    history = prompt(800, 2)["prompt_token_ids"]
+    before = server.metric("vllm:prefix_cache_hits_total")
+    for turn in range(3):
+        answer = complete(server, history, extra_body={"ignore_eos": True, "return_token_ids": True})
+        history = [*history, *answer.choices[0].token_ids, *prompt(60, turn)["prompt_token_ids"][1:]]
+    assert server.metric("vllm:prefix_cache_hits_total") > before
+
+
+def test_vanishing_clients_among_others(server: Server, prompt: Prompt) -> None:
+    """Half the streaming clients hang up in the middle; the others' answers are those they get alone."""
+    prompts = [prompt(500 + 40 * i, i)["prompt_token_ids"] for i in range(8)]
+    alone = [complete(server, p).choices[0].text for p in prompts]
+
+    def client(i: int) -> str | None:
+        stream = complete(server, prompts[i], stream=True)
+        parts = []
+        for chunk in stream:
+            parts.append(chunk.choices[0].text)
+            if i % 2 and len(parts) == 4:
+                stream.close()
+                return None
+        return "".join(parts)
+
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(client, range(8)))
+    assert got[1::2] == [None] * 4
+    # Batches differ, so rounding may: nearly all answers must be letter for letter the same.
+    assert sum(g == a for g, a in zip(got[::2], alone[::2], strict=True)) >= 3
+    assert server.healthy()
+
+
+def test_bad_requests_do_not_hurt(server: Server, prompt: Prompt) -> None:
+    with pytest.raises(openai.BadRequestError):
+        complete(server, prompt(3000)["prompt_token_ids"] * 2)
+    with pytest.raises(openai.APIStatusError):
+        complete(server, [10**9])
+    assert server.healthy()
+    assert complete(server, prompt(300)["prompt_token_ids"]).choices[0].text
+
+
+def test_metrics_and_log(server: Server, prompt: Prompt) -> None:
+    names = [f"vllm_rc_topk_tokens_{kind}_total" for kind in ("held", "read")]
+    time.sleep(2.5)  # workers write once a second
+    before = [server.metric(name) for name in names]
+    length, steps = 1500, 24
+    complete(server, prompt(length, 9)["prompt_token_ids"])
+    time.sleep(2.5)
+    held, read = (server.metric(name) - was for name, was in zip(names, before, strict=True))
+    # The first token comes from prefill, each of the others from a decode over everything so far.
+    assert held == sum(length + i for i in range(1, steps))
+    assert 0 < read <= BUDGET * (steps - 1)
+    assert re.search(r"rc_topk: read \d+ of \d+ tokens", server.log.read_text())
+
+
+def test_restart_and_bad_options(tmp_path: Path, prompt: Prompt) -> None:
+    for options, words in (
+        ('{"rc_topk": {"budget": "many"}}', ["budget", "'many'", "allowed"]),
+        ('{"rc_topk": 7}', ["rc_topk", "a JSON object"]),
+    ):
+        refused = Server(tmp_path / "refused", options)
+        try:
+            assert not refused.wait()
+            assert refused.process.returncode != 0
+            text = refused.log.read_text()
+            assert all(word in text for word in words), text[-3000:]
+        finally:
+            refused.stop()
+    texts = []
+    for attempt in ("first", "second"):
+        with serving(tmp_path / attempt, {"budget": BUDGET}) as running:
+            texts.append(complete(running, prompt(600, 4)["prompt_token_ids"]).choices[0].text)
+    assert texts[0] == texts[1]

@@ -1,0 +1,148 @@
+"""Brings the counters of the worker processes to ``/metrics`` of the API server.
+
+A worker's counters live in its own process, the server's ``/metrics`` in another, and vLLM has no channel for a plugin
+between them. The first process that loads the plugin names a folder in the environment; every worker writes its totals
+there, the first process reads them when it is scraped. With several API servers vLLM sets up prometheus_client's
+multiprocess mode, which collects the workers' own counters: there ``Mirror`` is enough.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from prometheus_client import REGISTRY, Counter
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from vllm_rc_backend.observability import meter
+from vllm_rc_backend.observability.meter import Counts
+
+RUN_DIR = "VLLM_RC_TOPK_RUN_DIR"
+"""The environment variable that names the folder; begins with VLLM_ so that it also reaches Ray's workers."""
+
+INTERVAL = 1.0
+"""Seconds between a worker's writes."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One time series: its name without ``_total``, its help, and what of the counts it shows."""
+
+    name: str
+    help: str
+    field: str
+
+
+METRICS = (
+    Metric("vllm_rc_topk_sparse_rows", "Decoded tokens whose attention was sparse.", "sparse_rows"),
+    Metric("vllm_rc_topk_dense_rows", "Decoded tokens that fell back to dense attention.", "dense_rows"),
+    Metric(
+        "vllm_rc_topk_missing_summaries",
+        "Sparse decodes that had no summary slot and dropped the residual.",
+        "missing_summaries",
+    ),
+    Metric(
+        "vllm_rc_topk_tokens_held",
+        "Tokens in the contexts of decoded tokens: what dense attention reads per KV head and layer.",
+        "tokens_held",
+    ),
+    Metric("vllm_rc_topk_tokens_read", "Tokens whose K and V were read exactly.", "tokens_read"),
+    Metric(
+        "vllm_rc_topk_statistics_read_token_equivalents",
+        "Page statistics read, in tokens' worth of K and V bytes.",
+        "statistics_equivalents",
+    ),
+    Metric(
+        "vllm_rc_topk_summary_read_token_equivalents",
+        "Summaries read, in tokens' worth of K and V bytes.",
+        "summary_equivalents",
+    ),
+    Metric(
+        "vllm_rc_topk_residual_share_sum",
+        "Estimated share of the softmax mass that was not read, summed over samples.",
+        "residual_share",
+    ),
+    Metric("vllm_rc_topk_residual_samples", "Samples in that sum.", "residual_samples"),
+)
+
+
+class RunDirCollector(Collector):
+    """Sums what the workers of this server, past ones included, have written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Called by prometheus_client at each scrape."""
+        total = Counts()
+        for file in sorted(self.folder.glob("*.json")):
+            written = json.loads(file.read_text())
+            for name in (f.name for f in fields(Counts)):
+                setattr(total, name, getattr(total, name) + written[name])
+        for metric in METRICS:
+            yield CounterMetricFamily(metric.name, metric.help, value=getattr(total, metric.field))
+
+
+def offer() -> None:
+    """In the first process that loads the plugin: name the folder and show what is in it. Nothing is created yet."""
+    if RUN_DIR in os.environ:
+        return
+    folder = Path(tempfile.gettempdir()) / f"rc-topk-{os.getpid()}"
+    os.environ[RUN_DIR] = str(folder)
+    REGISTRY.register(RunDirCollector(folder))
+    owner = os.getpid()
+
+    def clean() -> None:
+        if os.getpid() == owner:  # not in forked children
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(clean)
+
+
+class Mirror:
+    """The counts as prometheus_client counters of this process."""
+
+    def __init__(self) -> None:
+        self.counters = {m.field: Counter(m.name, m.help) for m in METRICS}
+        self.shown = Counts()
+
+    def show(self, counts: Counts) -> None:
+        """Raise the counters to these totals."""
+        since = counts.since(self.shown)
+        for name, counter in self.counters.items():
+            counter.inc(max(getattr(since, name), 0))
+        self.shown = counts
+
+
+@functools.cache
+def publish() -> None:
+    """In a worker: write the meter's totals once a second while they change, from a thread of its own."""
+    threading.Thread(target=_publish, name="rc-topk-metrics", daemon=True).start()
+
+
+def _publish() -> None:
+    folder = Path(os.environ[RUN_DIR])
+    mirror = Mirror() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
+    written = Counts()
+    while True:
+        time.sleep(INTERVAL)
+        counts = meter.get().counts.copy()
+        if counts == written:
+            continue
+        written = counts
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{os.getpid()}.partial"
+        partial.write_text(json.dumps(asdict(counts)))
+        partial.rename(folder / f"{os.getpid()}.json")  # atomic: a scrape never sees half a file
+        if mirror is not None:
+            mirror.show(counts)
