@@ -82,16 +82,18 @@ class Tuning:
     """Launch parameters, measured on an H200 (docs/performance.md)."""
 
     processors: int = 132
-    score_tile: int = 128
+    score_bytes: int = 16384  # statistics in flight per buffer
     score_warps: int = 4
-    score_stages: int = 2
-    score_programs: int = 6  # per multiprocessor
-    decode_tile: int = 64
+    score_stages: int = 3
+    score_programs: int = 3  # per multiprocessor
+    decode_elements: int = 8192  # of K, and as many of V, at a time
     decode_warps: int = 4
     decode_stages: int = 2
-    decode_programs: int = 3  # per multiprocessor
+    decode_programs: int = 2  # per multiprocessor
     most_splits: int = 32
+    merge_elements: int = 8192  # of partial results at a time
     update_columns: int = 32
+    overlap: bool = True  # programmatic dependent launch, where the GPU has it
 
 
 class Workspace:
@@ -107,12 +109,22 @@ class Workspace:
         max_rows: int,
         max_model_len: int,
         device: torch.device | str,
+        statistics_bits: int,
         tuning: Tuning | None = None,
     ) -> None:
+        code_bytes = statistics_bits // 8
         self.shape = shape
         self.tuning = tuning = tuning or Tuning()
         self.max_rows = max_rows
         geometry, heads = shape.geometry, shape.heads
+        self.overlap = (
+            tuning.overlap
+            and torch.device(device).type == "cuda"
+            and torch.cuda.get_device_capability(device) >= (9, 0)
+        )
+        self.score_tile = max(32, min(tuning.score_bytes // (shape.block_d * code_bytes), 128))
+        self.decode_tile = max(16, min(tuning.decode_elements // shape.block_d, 128))
+        self.merge_splits = max(1, min(tuning.merge_elements // (shape.merge_rows * shape.block_d), 16))
         self.max_pages = max(max_model_len // geometry.page_size, 1)
         self.max_selected = most_retrieved_pages(geometry, max_model_len)
         # Neighbours per maximum, so that the two levels of the selection have about equally much to look at.
@@ -134,8 +146,8 @@ class Workspace:
         self.maxima = empty(max_rows, heads, self.max_groups)
         self.selected = empty(max_rows, heads, self.max_selected)
         most_partials = max(rows * (self.decode_splits(rows) + 1) for rows in range(1, max_rows + 1)) * heads
-        self.partial_out = empty(most_partials, shape.block_m, shape.block_d, dtype=torch.float32)
-        self.partial_stats = empty(most_partials, 3, shape.block_m, dtype=torch.float32)
+        self.partial_out = empty(most_partials, shape.merge_rows, shape.block_d, dtype=torch.float32)
+        self.partial_stats = empty(most_partials, 3, shape.merge_rows, dtype=torch.float32)
         self.arrivals = torch.zeros(2, max_rows, heads, dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
 
@@ -148,13 +160,13 @@ class Workspace:
         """Programs that score the pages of one (row, head)."""
         tuning = self.tuning
         wanted = -(-tuning.processors * tuning.score_programs // (rows * self.shape.heads))
-        return max(1, min(wanted, -(-self.max_pages // tuning.score_tile)))
+        return max(1, min(wanted, -(-self.max_pages // self.score_tile)))
 
     def decode_splits(self, rows: int) -> int:
         """Programs that attend to the tokens of one (row, head), the summary's aside."""
         tuning = self.tuning
         wanted = -(-tuning.processors * tuning.decode_programs // (rows * self.shape.heads))
-        return max(1, min(next_power_of_2(wanted), tuning.most_splits))
+        return max(1, min(wanted, tuning.most_splits))
 
 
 class SummaryPlanner:
@@ -307,14 +319,15 @@ class TritonAttention:
             block_table.stride(0),
             S=shape,
             COLS=columns,
-            TILE=64,
+            TILE=32 if shape.block_d > 128 else 64,
+            OVERLAP=self.workspace.overlap,
             num_warps=4,
         )
 
     def select(self, query: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
         """Second launch: page scores and the pages of each (row, head), into ``workspace.selected``."""
         work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
-        select_kernel[(work.score_splits(rows), self.shape.heads, rows)](
+        select_kernel[(self.shape.heads, work.score_splits(rows), rows)](
             query,
             self.store.codes,
             self.store.scales,
@@ -333,11 +346,13 @@ class TritonAttention:
             work.max_groups,
             work.max_selected,
             S=self.shape,
-            TILE=tuning.score_tile,
+            TILE=work.score_tile,
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
+            OVERLAP=work.overlap,
             num_warps=tuning.score_warps,
             num_stages=tuning.score_stages,
+            launch_pdl=work.overlap,
         )
 
     def attend(
@@ -351,8 +366,7 @@ class TritonAttention:
     ) -> None:
         """Third launch: attention over the selected pages and anchors (or all tokens), completed."""
         work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
-        splits = work.decode_splits(rows)
-        decode_kernel[(splits + 1, self.shape.heads, rows)](
+        decode_kernel[(self.shape.heads, work.decode_splits(rows) + 1, rows)](
             query,
             kv,
             block_table,
@@ -376,10 +390,13 @@ class TritonAttention:
             out.stride(1),
             work.max_selected,
             S=self.shape,
-            TILE=tuning.decode_tile,
-            SPLITS=splits,
+            TILE=work.decode_tile,
+            SPLITS=next_power_of_2(tuning.most_splits),
+            MERGE=work.merge_splits,
+            OVERLAP=work.overlap,
             num_warps=tuning.decode_warps,
             num_stages=tuning.decode_stages,
+            launch_pdl=work.overlap,
         )
 
     def _cache(self, kv_cache: Tensor) -> Tensor:

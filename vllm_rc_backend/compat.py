@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from importlib import import_module
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -129,23 +128,29 @@ def attention_layers(vllm_config: Any) -> dict[str, Any]:
 
 
 def pool_block_bytes(vllm_config: Any) -> int:
-    """Bytes of one block id in this rank's KV pool: the groups share the pool, so the widest counts."""
-    specs = {
-        name: spec
-        for name, layer in attention_layers(vllm_config).items()
-        if (spec := layer.get_kv_cache_spec(vllm_config)) is not None
-    }
-    try:
-        planning = import_module("vllm.v1.core.kv_cache_planning")  # 0.33
-    except ModuleNotFoundError:
-        planning = import_module("vllm.v1.core.kv_cache_utils")
-    groups = planning.get_kv_cache_groups(vllm_config, specs)
-    return max(sum(_page_bytes(group, name) for name in group.layer_names) for group in groups)
+    """Bytes of one block id in this rank's KV pool, or fewer: what one kind of layers takes, the smallest counting.
+
+    vLLM splits a hybrid model's layers into groups of one kind that share the pool, so a block id is as wide as the
+    widest group. How wide that is, it decides later; no group is narrower than the rarest kind. A model of one kind is
+    one group, and this is exact.
+    """
+    kinds: dict[Any, int] = {}
+    for layer in attention_layers(vllm_config).values():
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is not None:
+            kind = (type(spec), getattr(spec, "sliding_window", None))
+            kinds[kind] = kinds.get(kind, 0) + int(spec.page_size_bytes)
+    return min(kinds.values())
 
 
-def _page_bytes(group: Any, layer: str) -> int:
-    spec = group.kv_cache_spec
-    return int(getattr(spec, "kv_cache_specs", {}).get(layer, spec).page_size_bytes)
+def pool_tokens(vllm_config: Any, block_size: int) -> int:
+    """Tokens that vLLM's KV pool holds; 0 while it is not planned.
+
+    Args:
+        block_size: of the group asked about, which hybrid models may have enlarged.
+    """
+    cache = vllm_config.cache_config
+    return int(cache.num_gpu_blocks or 0) * max(int(cache.block_size), block_size)
 
 
 def pool_blocks_bound(vllm_config: Any, side_block_bytes: int, allocated: int, total: int) -> int:

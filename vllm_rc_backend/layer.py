@@ -225,7 +225,17 @@ def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[
     layers = {name: layer for name, layer in sparse_layers(vllm_config).items() if name in names}
     for layer in layers.values():
         assert layer.store is not None, "vLLM built attention metadata before it loaded the weights"
-        layer.store.layout = layer.layout(block_size, layer.store.layout.slots)
+        layout = layer.layout(block_size, layer.store.layout.slots)
+        pages = compat.pool_tokens(vllm_config, block_size) // layout.geometry.page_size
+        if pages > layer.store.pages:
+            logger.warning(
+                "rc_topk: the KV pool has %d pages, more than the %d that were reserved for; allocating anew, "
+                "outside of what vLLM measured.",
+                pages,
+                layer.store.pages,
+            )
+            layer.store = SideStore(layout, pages, layer.store.codes.device)
+        layer.store.layout = layout
     return layers
 
 

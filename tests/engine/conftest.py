@@ -1,61 +1,17 @@
-"""Real vLLM on the CPU, in this process, so that tests can look at the side store after any step."""
+"""Fixtures of the engine tests: an audit of the side store, and prompts."""
 
 from __future__ import annotations
 
-import gc
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-
-vllm = pytest.importorskip("vllm")
 
 from vllm_rc_backend.attention import Batch, ReferenceAttention
 from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import PagedKV
-
-MODEL = str(Path(__file__).parents[2] / "examples" / "model")
-
-
-@contextmanager
-def engine(backend: str, options: dict[str, Any] | None = None, **kwargs: Any) -> Iterator[Any]:
-    """A real ``LLM`` on the example model, float32 so that greedy outputs can be compared; torn down at the end."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    defaults: dict[str, Any] = {
-        "model": MODEL,
-        "dtype": "float32",
-        "max_model_len": 4096,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 512,
-        "kv_cache_memory_bytes": 512 << 20,
-        "enforce_eager": True,
-        "seed": 0,
-        "disable_log_stats": True,
-    }
-    if backend == "rc_topk":
-        defaults["additional_config"] = {"rc_topk": {"log_interval": 0, **(options or {})}}
-    llm = vllm.LLM(attention_backend=backend, **(defaults | kwargs))
-    try:
-        yield llm
-    finally:
-        shutdown = getattr(llm.llm_engine.engine_core, "shutdown", None)
-        if shutdown is not None:
-            shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 @dataclass
@@ -129,62 +85,3 @@ def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
         return self.mid_end(seq_len) > self.sink_pages
 
     monkeypatch.setattr(Geometry, "is_sparse", is_sparse)
-
-
-FULL = {"budget": 1_000_000}
-"""A budget that covers every context."""
-
-SMALL = {"budget": 192}
-"""A budget that leaves most of a context of 1000 tokens unread."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One sequence's tokens and the log-probability of each."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-
-def answers(outputs: list[Any]) -> list[Answer]:
-    """All sequences of ``LLM.generate``'s outputs, in order."""
-    return [
-        Answer(tuple(o.token_ids), tuple(lp[t].logprob for t, lp in zip(o.token_ids, o.logprobs, strict=True)))
-        for output in outputs
-        for o in output.outputs
-    ]
-
-
-def assert_same(got: list[Answer], expected: list[Answer], tolerance: float = 2e-3) -> None:
-    """The same tokens with the same probabilities, up to rounding."""
-    assert len(got) == len(expected)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.tokens == theirs.tokens
-        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=tolerance)
-
-
-@pytest.fixture(scope="session")
-def corpus() -> list[int]:
-    """Tokens of Python source, of any length a test may want: this interpreter's own library."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    library = Path(os.__file__).parent
-    text = "".join((library / name).read_text() for name in ("argparse.py", "ast.py", "dis.py", "enum.py"))
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-@pytest.fixture(scope="session")
-def prompt(corpus: list[int]) -> Callable[..., dict[str, list[int]]]:
-    """A prompt of ``length`` tokens, BOS included; ``seed`` chooses where in the corpus it begins."""
-
-    def make(length: int, seed: int = 0) -> dict[str, list[int]]:
-        start = seed * 1009 % (len(corpus) - length)
-        return {"prompt_token_ids": [0, *corpus[start : start + length - 1]]}
-
-    return make
-
-
-def greedy(tokens: int = 24, **kwargs: Any) -> Any:
-    """Deterministic sampling that runs on to the end."""
-    return vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, **kwargs)

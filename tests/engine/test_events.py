@@ -6,85 +6,14 @@ dense attention; with a small one the side store must hold, at every step and la
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from vllm_rc_backend.observability import meter
 
-from .conftest import FULL, SMALL, Answer, Audit, answers, assert_same, engine, greedy
-
-Prompt = Callable[..., dict[str, list[int]]]
-
-
-def run(llm: Any, arrivals: list[tuple[int, str, dict[str, list[int]], Any]], aborts: dict[str, int]) -> list[Any]:
-    """Drive the engine step by step.
-
-    Args:
-        arrivals: (step, id, prompt, sampling parameters).
-        aborts: id to the number of output tokens after which the request is aborted.
-
-    Returns:
-        Finished outputs by request id, aborted ones left out.
-    """
-    core = llm.llm_engine
-    waiting, done, step = sorted(arrivals, key=lambda a: a[0]), {}, 0
-    while waiting or core.has_unfinished_requests():
-        while waiting and waiting[0][0] <= step:
-            _, name, prompt, params = waiting.pop(0)
-            core.add_request(name, prompt, params)
-        for output in core.step():
-            name = output.request_id
-            if output.finished:
-                done[name] = output
-            elif name in aborts and len(output.outputs[0].token_ids) >= aborts[name]:
-                core.abort_request([name])
-        step += 1
-        assert step < 5000
-    return [done[name] for name in sorted(done) if name not in aborts]
-
-
-def ragged(llm: Any, prompt: Prompt) -> list[Any]:
-    """Many sequences of very different lengths, prefills beside decodes, in chunks."""
-    lengths = (5, 1200, 40, 700, 333, 16, 900, 64)
-    return run(llm, [(2 * i, f"r{i}", prompt(n, i), greedy()) for i, n in enumerate(lengths)], {})
-
-
-def prefix_hits(llm: Any, prompt: Prompt) -> list[Any]:
-    """Shared prefixes: the same prompt again, one that ends inside a page and a chunk, one that goes on."""
-    base = prompt(1100)["prompt_token_ids"]
-    tail = prompt(200, 5)["prompt_token_ids"][1:]
-    prompts = [base, base, base[:777], base[:1024], base + tail, base[:650] + tail]
-    return run(llm, [(40 * i, f"p{i}", {"prompt_token_ids": p}, greedy()) for i, p in enumerate(prompts)], {})
-
-
-def turns(llm: Any, prompt: Prompt) -> list[Any]:
-    """A chat of three turns: each prompt is the one before, its answer, and more."""
-    history, outputs = prompt(600)["prompt_token_ids"], []
-    for turn in range(3):
-        (output,) = run(llm, [(0, f"t{turn}", {"prompt_token_ids": history}, greedy(40))], {})
-        outputs.append(output)
-        history = [*history, *output.outputs[0].token_ids, *prompt(150, turn + 3)["prompt_token_ids"][1:]]
-    return outputs
-
-
-def shared_then_parted(llm: Any, prompt: Prompt) -> list[Any]:
-    """n > 1: samples of one prompt share its pages, then go their own ways past several page ends."""
-    params = greedy(70)
-    params.temperature, params.n = 0.8, 4
-    torch.manual_seed(7)  # a seed in the request is refused by vLLM on a CPU when prefill is chunked
-    return llm.generate([prompt(800, 2)], params, use_tqdm=False)
-
-
-def aborted(llm: Any, prompt: Prompt) -> list[Any]:
-    """Requests that vanish in the middle of decoding; their blocks are reused at once by others."""
-    arrivals = [(3 * i, f"a{i:02}", prompt(400 + 37 * i, i), greedy(30)) for i in range(10)]
-    return run(llm, arrivals, {"a01": 5, "a04": 1, "a06": 20})
-
-
-SCENARIOS = [ragged, prefix_hits, turns, shared_then_parted, aborted]
+from ..harness import FULL, SCENARIOS, SMALL, Answer, Prompt, answers, assert_same, engine, greedy
+from .conftest import Audit
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +57,9 @@ def test_preemption_and_heavy_reuse(prompt: Prompt, audit: Audit) -> None:
     """A pool that cannot hold the running sequences: they are preempted, recomputed, and end as if alone."""
     prompts = [prompt(500 + 60 * i, i) for i in range(6)]
     params = greedy(100)
-    with engine("rc_topk", SMALL, max_model_len=1024, num_gpu_blocks_override=22, enable_prefix_caching=False) as llm:
+    with engine(
+        "rc_topk", SMALL, max_model_len=1024, num_gpu_blocks_override=22, enable_prefix_caching=False
+    ) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         preempted = []
         preempt = scheduler._preempt_request
@@ -142,7 +73,9 @@ def test_preemption_and_heavy_reuse(prompt: Prompt, audit: Audit) -> None:
         alone = answers([llm.generate(p, params, use_tqdm=False)[0] for p in prompts])
     # A preempted sequence's recomputed tokens are prefilled densely, the first time they were decoded sparsely: only
     # those never preempted must be equal.
-    untouched = [i for i in range(len(prompts)) if not any(name.split("-")[0] == str(i) for name in preempted)]
+    untouched = [
+        i for i in range(len(prompts)) if not any(name.split("-")[0] == str(i) for name in preempted)
+    ]
     assert untouched
     assert_same([together[i] for i in untouched], [alone[i] for i in untouched])
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import FULL, SMALL, Audit, answers, assert_same, engine, greedy
-
-Prompt = Callable[..., dict[str, list[int]]]
+from ..harness import FULL, SMALL, Prompt, answers, assert_same, engine, greedy
+from .conftest import Audit
 
 GEMMA3 = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -59,6 +57,9 @@ def test_sliding_window_layers_stay_dense(
 
 def test_tensor_parallel_equals_one_rank(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, each with its own KV heads, statistics and summaries, in processes of their own."""
+    monkeypatch.setenv(
+        "VLLM_CPU_OMP_THREADS_BIND", "0|1"
+    )  # a machine with one memory node has no other choice
     prompts = [prompt(700, 1), prompt(450, 2)]
     settings = {"kv_cache_memory_bytes": 64 << 20}
     with engine("rc_topk", SMALL, **settings) as llm:

@@ -10,7 +10,7 @@ from vllm_rc_backend.evaluation.tasks import Prompt, make_prompts
 from vllm_rc_backend.evaluation.text import Corpus
 from vllm_rc_backend.observability import meter
 
-from .conftest import MODEL, engine, greedy
+from ..harness import MODEL, engine, greedy
 
 PROMPTS = 6
 

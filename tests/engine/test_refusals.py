@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import MODEL, engine
+from ..harness import MODEL, engine
 
 TINY: dict[str, Any] = {
     "vocab_size": 4096,
@@ -61,7 +61,10 @@ def test_kv_connector() -> None:
 def test_speculative_decoding() -> None:
     # In a process of its own: vLLM loads numba for this, and cannot start another engine on a CPU after that.
     flag = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
-    command = f"vllm.LLM({MODEL!r}, attention_backend='rc_topk', max_model_len=1024, speculative_config={flag})"
+    command = (
+        f"vllm.LLM({MODEL!r}, attention_backend='rc_topk', max_model_len=1024, kv_cache_memory_bytes=1 << 25, "
+        f"speculative_config={flag})"
+    )
     done = subprocess.run([sys.executable, "-c", f"import vllm; {command}"], capture_output=True, text=True)
     assert done.returncode != 0
     text = done.stdout + done.stderr
@@ -82,7 +85,8 @@ def test_speculative_decoding() -> None:
         (
             TINY | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 128,
                     "q_lora_rank": None, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
-                    "n_routed_experts": 2, "num_experts_per_tok": 1, "n_shared_experts": 1, "first_k_dense_replace": 2, "num_key_value_heads": 4,
+                    "n_routed_experts": 2, "num_experts_per_tok": 1, "n_shared_experts": 1, "num_key_value_heads": 4,
+                    "first_k_dense_replace": 2,
                     "moe_intermediate_size": 64, "rope_theta": 10000.0},
             ["MLA"],
         ),

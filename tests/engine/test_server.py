@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +20,8 @@ from typing import Any
 import openai
 import pytest
 
-from .conftest import MODEL
+from ..harness import MODEL, Prompt
 
-Prompt = Callable[..., dict[str, list[int]]]
 BUDGET = 192
 
 
@@ -36,7 +35,16 @@ class Server:
         self.log = log
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = [
-            *("--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "4096", "--max-num-seqs", "16"),
+            *(
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--max-model-len",
+                "4096",
+                "--max-num-seqs",
+                "16",
+            ),
             *("--enforce-eager", "--attention-backend", "rc_topk", "--additional-config", options),
             *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(128 << 20)),
         ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -27,8 +28,10 @@ from prometheus_client.registry import Collector
 from vllm_rc_backend.observability import meter
 from vllm_rc_backend.observability.meter import Counts
 
-RUN_DIR = "VLLM_RC_TOPK_RUN_DIR"
-"""The environment variable that names the folder; begins with VLLM_ so that it also reaches Ray's workers."""
+logger = logging.getLogger("vllm.rc_topk")
+
+RUN_DIR = "RC_TOPK_RUN_DIR"
+"""The environment variable that names the folder. It reaches every process vLLM starts, except Ray's actors."""
 
 INTERVAL = 1.0
 """Seconds between a worker's writes."""
@@ -127,6 +130,12 @@ class Mirror:
 @functools.cache
 def publish() -> None:
     """In a worker: write the meter's totals once a second while they change, from a thread of its own."""
+    if RUN_DIR not in os.environ:
+        logger.warning(
+            "rc_topk: this worker was started without %s (a Ray actor); its counters are in its log, not on /metrics.",
+            RUN_DIR,
+        )
+        return
     threading.Thread(target=_publish, name="rc-topk-metrics", daemon=True).start()
 
 
