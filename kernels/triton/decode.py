@@ -13,6 +13,7 @@ import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.linear import LOG2_E, residual, tilt
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
+from vllm_rc_backend.kernels.triton.overlap import wait_for_previous
 from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 
@@ -21,6 +22,30 @@ from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved
 def _finite(maximum):
     """A maximum to subtract: of nothing, zero."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def _rows(
+    block_table,
+    selected,
+    start,
+    end,
+    n_retrieved,
+    resume,
+    stride_block,
+    stride_token,
+    g: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Element offsets of positions ``[start, start + TILE)`` of the reading order (see ``_attend``)."""
+    j = start + tl.arange(0, TILE)
+    real = j < end
+    retrieved = j < n_retrieved
+    page = tl.load(selected + j // g.page_size, mask=real & retrieved, other=0)
+    anchor = j - n_retrieved
+    token = tl.where(anchor < g.sink_tokens, anchor, anchor - g.sink_tokens + resume)
+    anchor_rows = token_rows(block_table, token, real & (anchor >= 0), stride_block, stride_token, g)
+    return tl.where(retrieved, page_rows(page, j % g.page_size, stride_block, stride_token, g), anchor_rows)
 
 
 @triton.jit
@@ -58,21 +83,19 @@ def _attend(
     total = tl.zeros([M], tl.float32)
     scores_sum = tl.zeros([M], tl.float32)
     out = tl.zeros([M, D], tl.float32)
+    # The next tile's addresses are looked up while this one is computed.
+    rows = _rows(block_table, selected, begin, end, n_retrieved, resume, stride_block, stride_token, g, TILE)
     for start in range(begin, end, TILE):
         j = start + tl.arange(0, TILE)
         real = j < end
         retrieved = j < n_retrieved
-        page = tl.load(selected + j // g.page_size, mask=real & retrieved, other=0)
-        anchor = j - n_retrieved
-        token = tl.where(anchor < g.sink_tokens, anchor, anchor - g.sink_tokens + resume)
-        anchor_rows = token_rows(block_table, token, real & (anchor >= 0), stride_block, stride_token, g)
-        rows = tl.where(
-            retrieved, page_rows(page, j % g.page_size, stride_block, stride_token, g), anchor_rows
-        )
         at = kv + rows[:, None] + cols[None, :]
         mask = real[:, None] & real_cols
         keys = as_operand(tl.load(at, mask=mask, other=0.0))
         values = as_operand(tl.load(at + S.head_size, mask=mask, other=0.0))
+        rows = _rows(
+            block_table, selected, start + TILE, end, n_retrieved, resume, stride_block, stride_token, g, TILE
+        )
         scores = dot(q, tl.trans(keys.to(q.dtype)), tl.zeros([M, TILE], tl.float32)) * scale
         if S.completion != "none":
             scores_sum += tl.sum(tl.where((retrieved & real)[None, :], scores, 0.0), 1)
@@ -116,15 +139,17 @@ def decode_kernel(
     S: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    MERGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Grid (SPLITS + 1, heads, rows); the last split takes the summary.
+    """Grid (heads, most_splits + 1, rows); the last split takes the summary.
 
     Args:
         query: ``[rows, heads * group, head_size]``, unscaled.
         selected: int32 ``[rows, heads, max_selected]``, physical pages, from ``select_kernel``.
         states, slots: summaries, and the slot of each row or -1.
-        partial_out: float32 ``[rows, heads, SPLITS + 1, block_m, block_d]`` scratch.
-        partial_stats: float32 ``[rows, heads, SPLITS + 1, 3, block_m]`` scratch: maximum, sum, sum of scores.
+        partial_out: float32 ``[rows, heads, most_splits + 1, merge_rows, block_d]`` scratch.
+        partial_stats: float32 ``[rows, heads, most_splits + 1, 3, merge_rows]`` scratch: maximum, sum, sum of scores.
         arrivals: int32 ``[rows, heads]``, zero between launches.
         out: ``[rows, heads * group, head_size]``.
         counters: int64, see ``attention_triton.COUNTERS``.
@@ -132,7 +157,8 @@ def decode_kernel(
     g: tl.constexpr = S.geometry
     M: tl.constexpr = S.block_m
     D: tl.constexpr = S.block_d
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    most_splits = tl.num_programs(1) - 1
     seq_len = tl.load(seq_lens + row)
     sparse = is_sparse(seq_len, g)
     end_of_mid = mid_end(seq_len, g)
@@ -141,28 +167,31 @@ def decode_kernel(
     n_mid = (end_of_mid - g.sink_pages) * g.page_size
     n_read = n_retrieved + g.sink_tokens + seq_len - resume
     # Each split takes whole pages, as even as they come; splits without any do not take part.
-    share = tl.maximum(tl.cdiv(tl.cdiv(n_read, SPLITS), g.page_size), 1) * g.page_size
+    share = tl.maximum(tl.cdiv(tl.cdiv(n_read, most_splits), g.page_size), 1) * g.page_size
     splits = tl.maximum(tl.cdiv(n_read, share), 1)
     slot = -1
     if S.completion != "none":
         slot = tl.where(sparse, tl.load(slots + row), -1)
     arriving = splits + (slot >= 0).to(tl.int32)
 
-    if (split < splits) | ((split == SPLITS) & (slot >= 0)):
+    wait_for_previous(OVERLAP)
+    if (split < splits) | ((split == most_splits) & (slot >= 0)):
         lane = row.to(tl.int64) * S.heads + head
         heads = tl.arange(0, M)
         cols = tl.arange(0, D)
         member = heads < S.group
-        partial_out += lane * (SPLITS + 1) * M * D
-        partial_stats += lane * (SPLITS + 1) * 3 * M
+        R: tl.constexpr = S.merge_rows
+        partial_out += lane * (most_splits + 1) * R * D
+        partial_stats += lane * (most_splits + 1) * 3 * R
         query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
-        kept = (heads <= S.group)[:, None] & (cols < S.head_size)[None, :]
+        counted = heads <= S.group
+        kept = counted[:, None] & (cols < S.head_size)[None, :]
         tile_at = heads[:, None] * D + cols[None, :]
 
         state = states + (tl.maximum(slot, 0).to(tl.int64) * S.heads + head) * (
             2 * S.state_rows * S.head_size
         )
-        if split < SPLITS:
+        if split < most_splits:
             q = tl.load(
                 query + heads[:, None] * stride_query_head + cols[None, :],
                 mask=member[:, None] & (cols < S.head_size)[None, :],
@@ -184,14 +213,14 @@ def decode_kernel(
                 S,
                 TILE,
             )
-            tl.store(partial_out + split * M * D + tile_at, o * value_scale, mask=kept)
-            tl.store(partial_stats + split * 3 * M + heads, m)
-            tl.store(partial_stats + split * 3 * M + M + heads, total)
-            tl.store(partial_stats + split * 3 * M + 2 * M + heads, scores_sum)
+            tl.store(partial_out + split * R * D + tile_at, o * value_scale, mask=kept)
+            tl.store(partial_stats + split * 3 * R + heads, m, mask=counted)
+            tl.store(partial_stats + split * 3 * R + R + heads, total, mask=counted)
+            tl.store(partial_stats + split * 3 * R + 2 * R + heads, scores_sum, mask=counted)
         elif S.completion == "linear":
             rows, q_K1 = tilt(query, stride_query_head, state, n_mid.to(tl.float32), scale, S, 64)
-            tl.store(partial_out + SPLITS * M * D + tile_at, rows, mask=kept)
-            tl.store(partial_stats + SPLITS * 3 * M + heads, q_K1)
+            tl.store(partial_out + most_splits * R * D + tile_at, rows, mask=kept)
+            tl.store(partial_stats + most_splits * 3 * R + heads, q_K1, mask=counted)
 
         tl.debug_barrier()  # all of this program's partial is written before it arrives
         if tl.atomic_add(arrivals + lane, 1, sem="acq_rel") == arriving - 1:
@@ -207,8 +236,10 @@ def decode_kernel(
                 stride_out_head,
                 counters,
                 head,
+                most_splits,
                 S,
                 SPLITS,
+                MERGE,
             )
             if head == 0:
                 tl.atomic_add(counters + tl.where(sparse, 0, 1), (seq_len > 0).to(tl.int64))
@@ -230,34 +261,53 @@ def _merge(
     stride_out_head,
     counters,
     head,
+    most_splits,
     S: tl.constexpr,
     SPLITS: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
     """Add up the partials of one (row, head), the residual's among them, and divide."""
-    M: tl.constexpr = S.block_m
+    M: tl.constexpr = S.merge_rows
     D: tl.constexpr = S.block_d
     heads = tl.arange(0, M)
     cols = tl.arange(0, D)
-    kept = (heads <= S.group)[:, None] & (cols < S.head_size)[None, :]
+    counted = heads <= S.group
+    kept = counted[:, None] & (cols < S.head_size)[None, :]
     tile_at = heads[:, None] * D + cols[None, :]
-    m = tl.full([M], float("-inf"), tl.float32)
-    for s in range(splits):
-        m = tl.maximum(m, tl.load(partial_stats + s * 3 * M + heads, cache_modifier=".cg"))
-    total = tl.zeros([M], tl.float32)
-    scores_sum = tl.zeros([M], tl.float32)
+    # All statistics at once, then the outputs MERGE splits at a time: each load is a trip to the second-level cache.
+    split = tl.arange(0, SPLITS)[:, None]
+    at = partial_stats + split * 3 * M + heads[None, :]
+    some = (split < splits) & counted[None, :]
+    m_all = tl.load(at, mask=some, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(at + M, mask=some, other=0.0, cache_modifier=".cg")
+    scores_sum = tl.sum(tl.load(at + 2 * M, mask=some, other=0.0, cache_modifier=".cg"), 0)
+    m = tl.max(m_all, 0)
+    total = tl.sum(tl.exp2(m_all - _finite(m)[None, :]) * sums, 0)
     o = tl.zeros([M, D], tl.float32)
-    for s in range(splits):
-        at = partial_stats + s * 3 * M + heads
-        weight = tl.exp2(tl.load(at, cache_modifier=".cg") - _finite(m))
-        total += weight * tl.load(at + M, cache_modifier=".cg")
-        scores_sum += tl.load(at + 2 * M, cache_modifier=".cg")
-        o += weight[:, None] * tl.load(
-            partial_out + s * M * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg"
+    for start in range(0, splits, MERGE):
+        part = start + tl.arange(0, MERGE)
+        real = (part < splits)[:, None]
+        m_part = tl.load(
+            partial_stats + part[:, None] * 3 * M + heads[None, :],
+            mask=real & counted[None, :],
+            other=float("-inf"),
+            cache_modifier=".cg",
         )
+        outs = tl.load(
+            partial_out + part[:, None, None] * M * D + tile_at[None, :, :],
+            mask=real[:, :, None] & kept[None, :, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        o += tl.sum(tl.exp2(m_part - _finite(m)[None, :])[:, :, None] * outs, 0)
     if S.completion == "linear":
         if slot >= 0:
-            rows = tl.load(partial_out + SPLITS * M * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg")
-            q_K1 = tl.load(partial_stats + SPLITS * 3 * M + heads, cache_modifier=".cg")
+            rows = tl.load(
+                partial_out + most_splits * M * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg"
+            )
+            q_K1 = tl.load(
+                partial_stats + most_splits * 3 * M + heads, mask=counted, other=0.0, cache_modifier=".cg"
+            )
             values_sum = tl.sum(tl.where((heads == S.group)[:, None], o, 0.0), 0)
             log_mass, value = residual(rows, q_K1, scores_sum, values_sum, n_mid, n_retrieved, S)
             M_all = tl.maximum(m, log_mass)

@@ -71,12 +71,12 @@ def residual(tilt_rows, q_K1, retrieved_scores, retrieved_values, n, n_retrieved
     """Log-mass (base 2) and mean value of what was not read.
 
     Args:
-        tilt_rows, q_K1: from ``tilt``.
-        retrieved_scores: ``[block_m]``, sum of the retrieved tokens' scores in base 2.
+        tilt_rows, q_K1: from ``tilt``, the first ``merge_rows`` rows.
+        retrieved_scores: ``[merge_rows]``, sum of the retrieved tokens' scores in base 2.
         retrieved_values: ``[block_d]``, sum of their values.
         n, n_retrieved: tokens of the mid region, and of them retrieved (fewer).
     """
-    heads = tl.arange(0, S.block_m)
+    heads = tl.arange(0, S.merge_rows)
     n_U = (n - n_retrieved).to(tl.float32)
     V1 = tl.sum(tl.where((heads == S.group)[:, None], tilt_rows, 0.0), 0)
     log_mass = tl.log2(n_U) + (q_K1 - retrieved_scores) / n_U

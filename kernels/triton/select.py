@@ -10,9 +10,18 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.matmul import dot
+from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
-from vllm_rc_backend.kernels.triton.topk import LOWEST, _load, chosen, ordered_key, threshold
+from vllm_rc_backend.kernels.triton.topk import (
+    HIGHEST,
+    LOWEST,
+    load_keys,
+    ordered_key,
+    running_counts,
+    threshold,
+    threshold_in_memory,
+)
 
 INT8_PLANE = tl.constexpr(16256.0)  # 127 * 128: the largest sum of two planes of 8 and 7 bits
 
@@ -61,41 +70,93 @@ def _products(codes, scales, index, high, low, factor, mask, S: tl.constexpr):
 
 
 @triton.jit
+def _place(index, x, real, t, ties, base, out, table, FINAL: tl.constexpr, S: tl.constexpr):
+    """Write what is above t, and the first ``ties`` keys equal to it, to ``out`` from ``base`` on.
+
+    Positions as they are, or if FINAL the physical ids of those pages. Returns the numbers written and of ties used.
+    """
+    g: tl.constexpr = S.geometry
+    above, equal = running_counts(x, t)
+    place = base + above + tl.minimum(equal, ties) - 1
+    take = real & ((x > t) | ((x == t) & (equal <= ties)))
+    if FINAL:
+        index = page_of(table, index + g.sink_pages, take, g)
+    tl.store(out + place, index, mask=take)
+    return above, equal
+
+
+@triton.jit
+def _top(
+    keys,
+    groups,
+    n,
+    limit,
+    k,
+    low,
+    high,
+    out,
+    table,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
+    FINAL: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The k largest of n keys, in order of position. Returns bounds of the keys that may still be among the k best."""
+    if SINGLE:
+        index, x, real = load_keys(keys, groups, 0, n, limit, GROUP, BLOCK)
+        if not FINAL or GROUP == 1:
+            low = tl.min(tl.where(real, x, HIGHEST), 0)
+            high = tl.max(x, 0) + 1
+        t = threshold(x, k, low, high)
+        ties = k - tl.sum((x > t).to(tl.int32), 0)
+        _place(index, x, real, t, ties, 0, out, table, FINAL, S)
+    else:
+        t, all_above = threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP, BLOCK)
+        ties, base = k - all_above, 0
+        for start in range(0, n, BLOCK):
+            index, x, real = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
+            above, equal = _place(index, x, real, t, ties, base, out, table, FINAL, S)
+            used = tl.minimum(tl.max(equal, 0), ties)
+            base += tl.max(above, 0) + used
+            ties -= used
+    return t, high
+
+
+@triton.jit
 def _select(
-    keys, maxima, selected, block_table, pages, k, S: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr
+    keys, maxima, selected, table, pages, k, S: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """Physical ids of the k best of ``pages`` scored pages, ascending in the sequence, written to ``selected``."""
-    g: tl.constexpr = S.geometry
+    low, high = tl.full([], LOWEST, tl.int32), tl.full([], HIGHEST, tl.int32)
     n = pages
     if GROUP > 1:
-        n = tl.cdiv(pages, GROUP)
-        if n > k:
-            BLOCK: tl.constexpr = BLOCKS[0][0]
-            t, above = threshold(maxima, maxima, n, n, k, 1, BLOCK, BLOCKS[0][1])
-            ties, base = k - above, 0
-            for start in range(0, n, BLOCK):
-                index, x = _load(maxima, maxima, start, n, n, 1, BLOCK)
-                take, place, new_above, new_ties = chosen(x, t, ties)
-                # The list replaces the maxima: it never gets ahead of what is still to be read.
-                tl.store(maxima + base + place, index, mask=take & (index < n))
-                base += new_above + tl.minimum(new_ties, ties)
-                ties -= tl.minimum(new_ties, ties)
+        groups = tl.cdiv(pages, GROUP)
+        if groups > k:
+            # The list of groups replaces the maxima: it never gets ahead of what is still to be read.
+            low, high = _top(
+                maxima,
+                maxima,
+                groups,
+                groups,
+                k,
+                low,
+                high,
+                maxima,
+                table,
+                1,
+                BLOCKS[0][0],
+                BLOCKS[0][1],
+                False,
+                S,
+            )
         else:
-            for start in range(0, n, BLOCKS[0][0]):
+            for start in range(0, groups, BLOCKS[0][0]):
                 i = start + tl.arange(0, BLOCKS[0][0])
-                tl.store(maxima + i, i, mask=i < n)
+                tl.store(maxima + i, i, mask=i < groups)
         tl.debug_barrier()
-        n = tl.minimum(n, k) * GROUP
-    BLOCK_P: tl.constexpr = BLOCKS[1][0]
-    t, above = threshold(keys, maxima, n, pages, k, GROUP, BLOCK_P, BLOCKS[1][1])
-    ties, base = k - above, 0
-    for start in range(0, n, BLOCK_P):
-        index, x = _load(keys, maxima, start, n, pages, GROUP, BLOCK_P)
-        take, place, new_above, new_ties = chosen(x, t, ties)
-        take = take & (start + tl.arange(0, BLOCK_P) < n) & (index < pages)
-        tl.store(selected + base + place, page_of(block_table, index + g.sink_pages, take, g), mask=take)
-        base += new_above + tl.minimum(new_ties, ties)
-        ties -= tl.minimum(new_ties, ties)
+        n = tl.minimum(groups, k) * GROUP
+    _top(keys, maxima, n, pages, k, low, high, selected, table, GROUP, BLOCKS[1][0], BLOCKS[1][1], True, S)
 
 
 @triton.jit
@@ -121,8 +182,10 @@ def select_kernel(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Grid (splits, heads, rows). Rows that are not sparse end at once.
+    """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. Rows that are
+    not sparse end at once.
 
     Args:
         query: ``[rows, heads * group, head_size]``, unscaled.
@@ -133,11 +196,12 @@ def select_kernel(
         arrivals: int32 ``[rows, heads]``, zero between launches.
         counters: int64, see ``attention_triton.COUNTERS``.
     """
+    let_next_start(OVERLAP)
     g: tl.constexpr = S.geometry
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens + row)
     pages = mid_end(seq_len, g) - g.sink_pages
-    splits = tl.minimum(tl.num_programs(0), tl.cdiv(pages, TILE))
+    splits = tl.minimum(tl.num_programs(1), tl.cdiv(pages, TILE))
     if is_sparse(seq_len, g) & (split < splits):
         lane = row.to(tl.int64) * S.heads + head
         keys += lane * max_pages
@@ -199,3 +263,4 @@ def select_kernel(
             )
             if head == 0:
                 tl.atomic_add(counters + 5, pages.to(tl.int64))
+    wait_for_previous(OVERLAP)  # what this kernel's end vouches for

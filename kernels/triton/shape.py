@@ -58,6 +58,11 @@ class Shape:
         return max(16, next_power_of_2(self.group + 1))
 
     @property
+    def merge_rows(self) -> int:
+        """Rows of a partial result: the query heads and the row of ones."""
+        return next_power_of_2(self.group + 1)
+
+    @property
     def state_rows(self) -> int:
         """Rows of a summary: C, K1, V1."""
         return self.head_size + 2

@@ -143,10 +143,10 @@ def absorb_columns(
         some = real[:, None] & real_cols[None, :]
         key_columns = tl.load(at[:, None] + cols[None, :], mask=some, other=0.0)
         values = as_operand(tl.load(at[:, None] + d + cols[None, :], mask=some, other=0.0))
-        C = dot(tl.trans(keys), values, C)
+        # Scaled before it is added, and so added in float32: matrix units truncate what they add up, always downwards.
+        C += dot(tl.trans(keys), values, tl.zeros([D, COLS], tl.float32)) * (key_scale * value_scale)
         K1 += tl.sum(key_columns.to(tl.float32), 0)
         V1 += tl.sum(values.to(tl.float32), 0)
-    C *= key_scale * value_scale
     K1 *= key_scale
     V1 *= value_scale
 

@@ -1,15 +1,15 @@
 """The k largest of n keys by one program, exact and deterministic: ties go to the earlier key.
 
 Scores are compared as integers: a float32's bits, with the negative numbers turned around, have the order of the
-numbers. The threshold is then found digit by digit from the top (radix select), counting in registers; the search
-ends as soon as exactly k keys are left.
+numbers. The threshold is searched for between two bounds, three ways at a time so that one reduction of two packed
+counts decides; the search ends as soon as exactly k keys are left.
 """
 
 import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-(2**31))
-DIGITS = tl.constexpr(4)  # tried at a time: two bits
+HIGHEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def ordered_key(score):
 
 
 @triton.jit
-def _load(keys, groups, start, n, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Positions in ``keys`` and keys of elements ``[start, start + BLOCK)`` of the ``n`` that take part.
+def load_keys(keys, groups, start, n, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Positions in ``keys``, keys and validity of elements ``[start, start + BLOCK)`` of the ``n`` that take part.
 
     With GROUP > 1 they are the members of the listed groups, GROUP neighbours each; ``limit`` keys exist.
     """
@@ -30,51 +30,69 @@ def _load(keys, groups, start, n, limit, GROUP: tl.constexpr, BLOCK: tl.constexp
         index = tl.load(groups + i // GROUP, mask=i < n, other=0) * GROUP + i % GROUP
     else:
         index = i
+    real = (i < n) & (index < limit)
     # .cg: written by other programs of this launch, so the first-level cache may not answer.
-    return index, tl.load(keys + index, mask=(i < n) & (index < limit), other=LOWEST, cache_modifier=".cg")
+    return index, tl.load(keys + index, mask=real, other=LOWEST, cache_modifier=".cg"), real
 
 
 @triton.jit
-def threshold(keys, groups, n, limit, k, GROUP: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr):
-    """The largest t with at least k keys >= t, or any t with exactly k; and the number of keys > t."""
-    if SINGLE:
-        _, x = _load(keys, groups, 0, n, limit, GROUP, BLOCK)
-    digits = tl.arange(0, DIGITS)
-    t = tl.full([], LOWEST, tl.int32)
+def _narrow(low, high, reached, first, second, count_first, count_second, k):
+    """The third of ``[low, high)`` that holds the threshold, and the number of keys >= its lower bound."""
+    reached = tl.where(count_second >= k, count_second, tl.where(count_first >= k, count_first, reached))
+    high = tl.where(count_second >= k, high, tl.where(count_first >= k, second, first))
+    low = tl.where(count_second >= k, second, tl.where(count_first >= k, first, low))
+    return low, high, reached
+
+
+@triton.jit
+def _probes(low, high):
+    """Two keys that cut ``[low, high)`` into thirds; int64, since the bounds may be 2^32 apart."""
+    width = high - low
+    return low + (width + 2) // 3, low + (2 * width + 2) // 3
+
+
+@triton.jit
+def threshold(x, k, low, high):
+    """A t that at least k keys reach, and exactly k unless keys equal to t tie.
+
+    Args:
+        x: int32 keys in registers, fewer than 2^15.
+        low, high: at least k keys are >= low, and fewer than k are >= high.
+    """
+    low, high = low.to(tl.int64), high.to(tl.int64)
     reached = tl.full([], 2**30, tl.int32)
-    shift = 30
-    while (shift >= 0) & (reached != k):
-        candidates = t + (digits << shift)
-        if SINGLE:
-            counts = tl.sum((x[:, None] >= candidates[None, :]).to(tl.int32), 0)
-        else:
-            counts = tl.zeros([DIGITS], tl.int32)
-            for start in range(0, n, BLOCK):
-                _, y = _load(keys, groups, start, n, limit, GROUP, BLOCK)
-                counts += tl.sum((y[:, None] >= candidates[None, :]).to(tl.int32), 0)
-        # Counts fall with the digit. Digit 0 is the threshold so far, which always reaches k.
-        enough = (counts >= k) | (digits == 0)
-        t += (tl.sum(enough.to(tl.int32), 0) - 1) << shift
-        reached = tl.min(tl.where(enough, counts, 2**30), 0)
-        shift -= 2
-    if SINGLE:
-        above = tl.sum((x > t).to(tl.int32), 0)
-    else:
-        above = tl.full([], 0, tl.int32)
+    while (high - low > 1) & (reached != k):
+        first, second = _probes(low, high)
+        hits = (x >= first.to(tl.int32)).to(tl.int32) + ((x >= second.to(tl.int32)).to(tl.int32) << 16)
+        counts = tl.sum(hits, 0)
+        low, high, reached = _narrow(low, high, reached, first, second, counts & 0xFFFF, counts >> 16, k)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The same over keys that are read again and again, BLOCK at a time; and the number of keys > t."""
+    low, high = low.to(tl.int64), high.to(tl.int64)
+    reached = tl.full([], 2**30, tl.int32)
+    while (high - low > 1) & (reached != k):
+        first, second = _probes(low, high)
+        count_first = tl.full([], 0, tl.int32)
+        count_second = tl.full([], 0, tl.int32)
         for start in range(0, n, BLOCK):
-            _, y = _load(keys, groups, start, n, limit, GROUP, BLOCK)
-            above += tl.sum((y > t).to(tl.int32), 0)
+            _, x, _ = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
+            count_first += tl.sum((x >= first.to(tl.int32)).to(tl.int32), 0)
+            count_second += tl.sum((x >= second.to(tl.int32)).to(tl.int32), 0)
+        low, high, reached = _narrow(low, high, reached, first, second, count_first, count_second, k)
+    t = low.to(tl.int32)
+    above = tl.full([], 0, tl.int32)
+    for start in range(0, n, BLOCK):
+        _, x, _ = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
+        above += tl.sum((x > t).to(tl.int32), 0)
     return t, above
 
 
 @triton.jit
-def chosen(x, t, ties_left):
-    """Which of the keys in this block are among the k, where they go, and how many were above and equal.
-
-    ``ties_left`` keys equal to the threshold may still be taken.
-    """
-    is_above, is_equal = (x > t).to(tl.int32), (x == t).to(tl.int32)
-    running = tl.cumsum(is_above + (is_equal << 16), 0)  # two counts of less than 2^15 in one scan
-    above, equal = running & 0xFFFF, running >> 16
-    take = (x > t) | ((x == t) & (equal <= ties_left))
-    return take, above + tl.minimum(equal, ties_left) - 1, tl.max(above, 0), tl.max(equal, 0)
+def running_counts(x, t):
+    """How many keys up to each are above t and how many equal it: two counts below 2^15 in one scan."""
+    running = tl.cumsum((x > t).to(tl.int32) + ((x == t).to(tl.int32) << 16), 0)
+    return running & 0xFFFF, running >> 16

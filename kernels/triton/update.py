@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.triton.overlap import let_next_start
 from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.statistics import finish_page
 from vllm_rc_backend.kernels.triton.summary import absorb_columns
@@ -29,8 +30,10 @@ def update_kernel(
     S: tl.constexpr,
     COLS: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (1 + column tiles of a summary, heads, rows): statistics of a page finished now, and the summary."""
+    let_next_start(OVERLAP)
     g: tl.constexpr = S.geometry
     part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv += head.to(tl.int64) * stride_head

@@ -122,7 +122,9 @@ class Runner:
         pages = blocks * geometry.pages_per_block
         self.shape = make_shape(layout, case.group, case.group_rule)
         self.store = SideStore(layout, pages, self.device)
-        self.workspace = Workspace(self.shape, max_rows, max(case.max_model_len, length), self.device)
+        self.workspace = Workspace(
+            self.shape, max_rows, max(case.max_model_len, length), self.device, case.statistics_bits
+        )
         scale = d**-0.5
         self.attention = TritonAttention(self.store, self.workspace, scale, case.key_scale, case.value_scale)
         self.planner: SummaryPlanner | None = None
@@ -183,39 +185,35 @@ class Runner:
         Raises:
             AssertionError: what differs and by how much.
         """
-        case, geometry = self.case, self.case.geometry
+        case, geometry, counts = self.case, self.case.geometry, self.expected_counts
         self._finish(seq_lens, [min(n, 1) for n in seq_lens])
         self._compare_statistics()
-        expected = torch.zeros(query.shape, device=self.device)
+        errors = [0.0]
         for row, seq_len in enumerate(seq_lens):
             if not seq_len:
+                assert bool((out[row] == 0).all()), f"padding row {row} is not zero"
                 continue
-            q = query[row].float().unflatten(0, (case.heads, -1)) * self.scale
-            self.expected_counts["tokens_held"] += seq_len
-            self.expected_counts["tokens_read"] += geometry.tokens_read(seq_len)
-            if not geometry.is_sparse(seq_len):
-                keys, values = self.kv.read_range(self.block_table[row], 0, seq_len)
-                expected[row] = reference.decode_dense(q, keys, values).flatten(0, 1)
-                self.expected_counts["dense_rows"] += 1
-                continue
-            self.expected_counts["sparse_rows"] += 1
-            pages = self._compare_selection(q, row, seq_len)
-            state = self._compare_state(row, seq_len)
-            output, _ = reference.decode_sparse(
-                q,
-                self.kv,
+            slot = -1 if self.planner is None else int(self.planner.current.slot[row])
+            sparse = geometry.is_sparse(seq_len)
+            counts["sparse_rows" if sparse else "dense_rows"] += 1
+            counts["tokens_held"] += seq_len
+            counts["tokens_read"] += geometry.tokens_read(seq_len)
+            if sparse:
+                counts["pages_scored"] += geometry.mid_end(seq_len) - geometry.sink_pages
+                counts["rows_without_summary"] += self.planner is not None and slot < 0
+            error = check_row(
+                case,
+                self.attention,
+                self.kv_cache,
                 self.block_table[row],
+                row,
                 seq_len,
-                geometry,
-                pages,
-                self.store.layout.completion,
-                state,
+                slot if sparse else -1,
+                query[row],
+                out[row],
             )
-            expected[row] = output.flatten(0, 1)
-        assert not out.isnan().any(), "output holds NaN or was not written"
-        error = float((out.float() - expected).norm() / expected.norm().clamp(min=1e-6))
-        assert error < 1e-2, f"output differs from the reference by {error:.2e}"
-        return error
+            errors.append(error)
+        return max(errors)
 
     def compare_counters(self) -> None:
         """Hold the device counters to what the steps so far must have added."""
@@ -237,44 +235,85 @@ class Runner:
         step = theirs.abs().amax(dim=-1, keepdim=True).clamp(min=1e-3) / 100
         assert bool(((ours - theirs).abs() <= step).all()), "page statistics differ"
 
-    def _compare_selection(self, q: Tensor, row: int, seq_len: int) -> Tensor:
-        """Logical pages ``[heads, count]`` that the kernel chose, each as good as the reference's choice."""
-        geometry, layout = self.case.geometry, self.store.layout
-        count = geometry.retrieved_pages(seq_len)
-        mid = torch.arange(geometry.sink_pages, geometry.mid_end(seq_len), device=self.device)
-        ids = self.kv.page_ids(self.block_table[row], mid)
-        scales = None if self.store.scales is None else self.store.scales[ids]
-        statistics = reference.decode_statistics(self.store.codes[ids], scales).transpose(0, 1)
-        scores = reference.score_pages(q, statistics, layout.policy, self.case.group_rule)
-        best = reference.select_pages(scores, count)
 
-        chosen = self.workspace.selected[row, :, :count].long()
-        where = (chosen.unsqueeze(-1) == ids).int()
-        assert bool((where.sum(-1) == 1).all()), f"row {row}: selected pages outside the mid region"
-        places = where.argmax(-1)
-        assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: selected pages repeat or are out of order"
-        worst = scores.gather(1, places).amin(-1)
-        needed = scores.gather(1, best).amin(-1)
-        slack = 2e-3 * scores.abs().amax(-1)
-        assert bool((worst >= needed - slack).all()), f"row {row}: pages {worst} where {needed} was to be had"
-        self.expected_counts["pages_scored"] += len(mid)
-        return places + geometry.sink_pages
+def compare_selection(
+    case: Case, attention: TritonAttention, ids: Tensor, row: int, seq_len: int, query: Tensor
+) -> Tensor:
+    """The pages that the kernel chose for a row, if each is as good as the reference's choice.
 
-    def _compare_state(self, row: int, seq_len: int) -> Tensor | None:
-        """The state that the kernel used, if it is the sum over the mid region."""
-        geometry, completion = self.case.geometry, self.store.layout.completion
-        if self.planner is None:
-            return None
-        slot = int(self.planner.current.slot[row])
-        if slot < 0:
-            self.expected_counts["rows_without_summary"] += 1
-            return None
-        first, last = (x * geometry.page_size for x in (geometry.sink_pages, geometry.mid_end(seq_len)))
-        exact = completion.contribution(*self.kv.read_range(self.block_table[row], first, last))
-        planes = self.store.states[slot]
-        error = (planes.float().sum(dim=1) - exact).norm() / exact.norm()
-        assert error < 2e-4, f"row {row}: summary differs by {error:.2e}"
-        return reference.read_state(planes, completion.precise_rows)
+    Args:
+        ids: int64, physical pages of the mid region.
+        query: float32 ``[heads, group, head_size]``, scaled.
+
+    Returns:
+        int64 ``[heads, count]``, places in the mid region.
+    """
+    store, count = attention.store, case.geometry.retrieved_pages(seq_len)
+    scales = None if store.scales is None else store.scales[ids]
+    page_statistics = reference.decode_statistics(store.codes[ids], scales).transpose(0, 1)
+    scores = reference.score_pages(query, page_statistics, store.layout.policy, case.group_rule)
+    needed = reference.select_pages(scores, count)
+
+    order = torch.full((store.codes.shape[0],), -1, dtype=torch.int64, device=ids.device)
+    order[ids] = torch.arange(len(ids), device=ids.device)
+    places = order[attention.workspace.selected[row, :, :count].long()]
+    assert bool((places >= 0).all()), f"row {row}: selected pages outside the mid region"
+    assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: selected pages repeat or are out of order"
+    worst, lowest = (scores.gather(1, x).amin(-1) for x in (places, needed))
+    slack = 2e-3 * scores.abs().amax(-1)
+    assert bool((worst >= lowest - slack).all()), (
+        f"row {row}: took a page of {worst} and left one of {lowest}"
+    )
+    return places
+
+
+def check_row(
+    case: Case,
+    attention: TritonAttention,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    row: int,
+    seq_len: int,
+    slot: int,
+    query: Tensor,
+    out: Tensor,
+) -> float:
+    """Hold one row of a decode step to the reference.
+
+    Args:
+        block_table: int32 ``[max_blocks]``, of this row.
+        slot: the row's summary, -1 for none.
+        query, out: ``[heads * group, head_size]``.
+
+    Returns:
+        The relative error of the output.
+
+    Raises:
+        AssertionError: what differs.
+    """
+    geometry, completion = case.geometry, case.layout.completion
+    kv = PagedKV.packed(kv_cache, case.page_size, case.key_scale, case.value_scale)
+    q = query.float().unflatten(0, (case.heads, -1)) * attention.scale
+    if not geometry.is_sparse(seq_len):
+        expected = reference.decode_dense(q, *kv.read_range(block_table, 0, seq_len))
+    else:
+        mid = torch.arange(geometry.sink_pages, geometry.mid_end(seq_len), device=query.device)
+        ids = kv.page_ids(block_table, mid)
+        pages = compare_selection(case, attention, ids, row, seq_len, q) + geometry.sink_pages
+        state = None
+        if slot >= 0:
+            first, last = (x * case.page_size for x in (geometry.sink_pages, geometry.mid_end(seq_len)))
+            exact = completion.contribution(*kv.read_range(block_table, first, last))
+            planes = attention.store.states[slot]
+            wrong = (planes.float().sum(dim=1) - exact).norm() / exact.norm()
+            assert wrong < 2e-4, f"row {row}: summary differs by {wrong:.2e}"
+            state = reference.read_state(planes, completion.precise_rows)
+        expected, _ = reference.decode_sparse(q, kv, block_table, seq_len, geometry, pages, completion, state)
+    expected = expected.flatten(0, 1)
+    assert not out.isnan().any(), f"row {row}: output holds NaN or was not written"
+    error = float((out.float() - expected).norm() / expected.norm())
+    assert error < 1e-2, f"row {row}: output differs by {error:.2e}"
+    return error
 
 
 def check(case: Case, device: torch.device | str, steps: int = 1) -> float:

@@ -1,0 +1,488 @@
+"""``rc-topk bench``: one layer's decode step against vLLM's FlashAttention-3 and against the bytes that must be read.
+
+Checks the kernels against the reference on the same shapes first and prints no speed if that fails. Times are of CUDA
+graph replays of several layers in a row, each with its own sequences, so that nothing is found in the L2 cache that a
+model's other layers would have pushed out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend import __version__
+from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Tuning, Workspace, make_shape
+from vllm_rc_backend.evaluation.kernel_check import Case, check, check_row
+from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags
+from vllm_rc_backend.side_store import SideStore, StoreLayout
+
+K = 1024
+TABLE = ((8, 1), (8, 32), (32, 1), (32, 8), (32, 32), (128, 1), (128, 4), (128, 16), (512, 1))
+"""(context in Ki tokens, batch) of the decode table."""
+
+LAYER_BYTES = 256 << 20
+"""Layers are repeated until they read this much between them: several times any L2 cache."""
+
+MOST_LAYERS = 24
+LEAST_LAYERS = 3
+"""So many at least where memory allows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the decode table; times in microseconds for one layer."""
+
+    context: int
+    batch: int
+    dense_us: float | None
+    dense_spread_us: float | None
+    rc_topk_us: float
+    rc_topk_spread_us: float
+    usual_step_us: float
+    page_step_us: float
+    floor_us: float
+    bytes_read: int
+    layers: int
+
+    @property
+    def ratio(self) -> float | None:
+        """How much faster than dense."""
+        return None if self.dense_us is None else self.dense_us / self.rc_topk_us
+
+
+class Layers:
+    """Several layers' sequences in one KV pool, prefilled, with a summary of each, ready to decode."""
+
+    def __init__(
+        self, case: Case, pool: Tensor, context: int, batch: int, count: int, tuning: Tuning
+    ) -> None:
+        self.case = case
+        self.pool = pool
+        self.count = count
+        self.batch = batch
+        layout = replace(case.layout, slots=batch if case.completion != "none" else 0)
+        geometry = layout.geometry
+        device = pool.device
+        shape = make_shape(layout, case.group, case.group_rule)
+        longest = context + geometry.page_size
+        width = -(-longest // geometry.block_size)
+        blocks = torch.randperm(pool.shape[0] - 1, device=device)[: count * batch * width] + 1
+        self.block_tables = blocks.view(count, batch, width).to(torch.int32)
+        # A step at which no page is finished, and the one in page_size at which every row finishes one.
+        self.usual_len, self.page_len = context - geometry.page_size // 2, context
+        self.workspace = Workspace(shape, batch, longest, device, case.statistics_bits, tuning)
+        pages = pool.shape[0] * geometry.pages_per_block
+        shared = SideStore(replace(layout, slots=0), pages, device)
+        self.attentions, self.planners = [], []
+        for _ in range(count):
+            store = SideStore(layout, 0, device)
+            store.codes, store.scales = shared.codes, shared.scales
+            self.attentions.append(TritonAttention(store, self.workspace, case.head_size**-0.5))
+            tags = SummaryTags.empty(max(layout.slots, 1), pages, device)
+            self.planners.append(SummaryPlanner(geometry, tags, batch))
+        size = (count, batch, case.heads * case.group, case.head_size)
+        self.queries = torch.randn(size, device=device).to(case.dtype)
+        self.out = torch.full_like(self.queries, torch.nan)
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self._prefill(starts)
+        self._decode_starts = starts
+
+    def lengths(self, seq_len: int) -> Tensor:
+        """int32 ``[batch]``, all the same."""
+        return torch.full((self.batch,), seq_len, dtype=torch.int32, device=self.pool.device)
+
+    def _prefill(self, starts: Tensor) -> None:
+        length = self.usual_len - 1
+        for attention, table in zip(self.attentions, self.block_tables, strict=True):
+            attention.update_prefill(self.pool, table, self.lengths(length), starts * length, length)
+
+    def plan(self, seq_len: int) -> list[SummaryPlan | None]:
+        """A plan for each layer, as the builder makes one for each step."""
+        if self.case.completion == "none":
+            return [None] * self.count
+        return [
+            planner.plan(table, self.lengths(seq_len), self._decode_starts)
+            for planner, table in zip(self.planners, self.block_tables, strict=True)
+        ]
+
+    def step(self, lengths: Tensor, plans: list[SummaryPlan | None]) -> None:
+        """All layers' decode."""
+        rows = zip(self.attentions, self.queries, self.block_tables, plans, self.out, strict=True)
+        for attention, query, table, plan, out in rows:
+            attention.decode(query, self.pool, table, lengths, plan, out)
+
+    def verify(self, seq_len: int, plans: list[SummaryPlan | None]) -> float:
+        """Hold the last layer's last row to the reference; relative error of the output."""
+        layer, row = self.count - 1, self.batch - 1
+        plan = plans[layer]
+        return check_row(
+            self.case,
+            self.attentions[layer],
+            self.pool,
+            self.block_tables[layer, row],
+            row,
+            seq_len,
+            -1 if plan is None else int(plan.slot[row]),
+            self.queries[layer, row],
+            self.out[layer, row],
+        )
+
+
+def bytes_read(layout: StoreLayout, seq_len: int, batch: int) -> int:
+    """Bytes that one layer must touch in a step in which no page is finished."""
+    geometry = layout.geometry
+    tokens = geometry.tokens_read(seq_len) * layout.token_bytes
+    if geometry.is_sparse(seq_len):
+        tokens += (geometry.mid_end(seq_len) - geometry.sink_pages) * layout.statistics_bytes
+        completion = layout.completion
+        rows = completion.state_rows(layout.head_size) + completion.precise_rows
+        tokens += layout.heads * rows * layout.head_size * 2
+    return tokens * batch
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large device-to-device copy, read and written bytes both counted."""
+    source = torch.randn(1 << 29, device=device)
+    target = torch.empty_like(source)
+    seconds = time_calls({"copy": lambda: target.copy_(source)}, repeats=7, minimum=0.005)["copy"]
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def time_calls(
+    calls: dict[str, Callable[[], object]], repeats: int, minimum: float = 0.002
+) -> dict[str, list[float]]:
+    """Seconds per call, measured by turns so that a drift of the clock meets all alike."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def seconds(call: Callable[[], object], times: int) -> float:
+        events[0].record()
+        for _ in range(times):
+            call()
+        events[1].record()
+        events[1].synchronize()
+        return float(events[0].elapsed_time(events[1])) / 1e3 / times
+
+    times = {}
+    for name, call in calls.items():
+        seconds(call, 3)
+        times[name] = max(1, int(minimum / seconds(call, 3)))
+    result: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            result[name].append(seconds(call, times[name]))
+    return result
+
+
+def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Warm up (and compile) on a side stream, then capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def dense_step(layers: Layers, seq_len: int) -> Callable[[], object] | None:
+    """The same layers by vLLM's FlashAttention-3, called as vLLM calls it under full CUDA graphs; None without it."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+    except ImportError:
+        return None
+    case, lengths = layers.case, layers.lengths(seq_len)
+    starts = torch.arange(layers.batch + 1, dtype=torch.int32, device=lengths.device)
+    keys, values = (x.transpose(1, 2) for x in layers.pool.split(case.head_size, dim=-1))
+    schedule = get_scheduler_metadata(
+        batch_size=layers.batch,
+        max_seqlen_q=1,
+        max_seqlen_k=seq_len,
+        num_heads_q=case.heads * case.group,
+        num_heads_kv=case.heads,
+        headdim=case.head_size,
+        cache_seqlens=lengths,
+        qkv_dtype=case.dtype,
+        cu_seqlens_q=starts,
+        page_size=case.geometry.block_size,
+        causal=True,
+        window_size=(-1, -1),
+        num_splits=32,
+    )
+    out = torch.empty_like(layers.queries)
+
+    def step() -> None:
+        for i in range(layers.count):
+            flash_attn_varlen_func(
+                q=layers.queries[i],
+                k=keys,
+                v=values,
+                out=out[i],
+                cu_seqlens_q=starts,
+                max_seqlen_q=1,
+                seqused_k=lengths,
+                max_seqlen_k=seq_len,
+                softmax_scale=case.head_size**-0.5,
+                causal=True,
+                block_table=layers.block_tables[i],
+                scheduler_metadata=schedule,
+                fa_version=3,
+                num_splits=32,
+            )
+
+    return step
+
+
+def measure(
+    case: Case,
+    pool: Tensor,
+    context: int,
+    batch: int,
+    bandwidth: float,
+    repeats: int,
+    tuning: Tuning | None = None,
+    dense: bool = True,
+) -> Row:
+    """One line of the table.
+
+    Raises:
+        AssertionError: the timed graph's output is not the reference's.
+    """
+    layout = case.layout
+    touched = bytes_read(layout, context, batch)
+    room = (pool.shape[0] - 1) * layout.geometry.block_size // ((context + layout.geometry.page_size) * batch)
+    count = max(1, min(MOST_LAYERS, room, max(LEAST_LAYERS, -(-LAYER_BYTES // touched))))
+    layers = Layers(case, pool, context, batch, count, tuning or Tuning())
+    usual_lengths, page_lengths = layers.lengths(layers.usual_len), layers.lengths(layers.page_len)
+
+    layers.step(usual_lengths, layers.plan(layers.usual_len))  # builds the summaries
+    plans = layers.plan(layers.usual_len)
+    usual = capture(lambda: layers.step(usual_lengths, plans))
+    usual.replay()
+    layers.verify(layers.usual_len, plans)
+    calls: dict[str, Callable[[], object]] = {"usual": usual.replay}
+    if dense and (step := dense_step(layers, layers.usual_len)):
+        calls["dense"] = capture(step).replay
+    seconds = time_calls(calls, repeats)
+
+    # In the last of page_size steps each row stores statistics and adds a page to its summary.
+    page_plans = layers.plan(layers.page_len)
+    page = capture(lambda: layers.step(page_lengths, page_plans))
+    seconds |= time_calls({"page": page.replay}, repeats)
+
+    def micro(name: str) -> tuple[float, float]:
+        values = sorted(1e6 * s / layers.count for s in seconds[name])
+        return statistics.median(values), values[-1] - values[0]
+
+    size = case.page_size
+    usual_us, spread = micro("usual")
+    page_us, _ = micro("page")
+    dense_us, dense_spread = micro("dense") if "dense" in seconds else (None, None)
+    return Row(
+        context=context,
+        batch=batch,
+        dense_us=dense_us,
+        dense_spread_us=dense_spread,
+        rc_topk_us=((size - 1) * usual_us + page_us) / size,
+        rc_topk_spread_us=spread,
+        usual_step_us=usual_us,
+        page_step_us=page_us,
+        floor_us=touched / bandwidth * 1e6,
+        bytes_read=touched,
+        layers=count,
+    )
+
+
+def make_pool(case: Case, tokens: int, device: torch.device) -> Tensor:
+    """A KV cache of random content: ``[blocks, heads, block_size, 2 * head_size]``."""
+    size = case.geometry.block_size
+    middle = (case.heads, size) if case.head_first else (size, case.heads)
+    pool = torch.empty((tokens // size + 2, *middle, 2 * case.head_size), dtype=case.dtype, device=device)
+    for part in pool.split(1 << 14):
+        part.normal_()
+    return pool if case.head_first else pool.transpose(1, 2)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the figures depend on."""
+    import triton
+
+    found = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["rc-topk", "bench", *sys.argv[2:]]),
+        "gpu": torch.cuda.get_device_name(device),
+        "vllm_rc_backend": __version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+    }
+    try:
+        import vllm
+
+        found["vllm"] = vllm.__version__
+    except ImportError:
+        found["vllm"] = "not installed: no dense figures"
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
+    smi = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        found["driver, SM clock, memory clock, highest SM clock"] = subprocess.run(
+            smi, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        found["driver and clocks"] = f"unknown: {error}"
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """The decode table."""
+    lines = [
+        "| context x batch | FlashAttention-3, us | rc_topk, us | ratio | bytes floor, us | multiple of floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        dense = "-" if r.dense_us is None else f"{r.dense_us:.1f} ± {r.dense_spread_us or 0:.1f}"
+        ratio = "-" if r.ratio is None else f"{r.ratio:.2f}"
+        lines.append(
+            f"| {r.context // K}K x {r.batch} | {dense} | {r.rc_topk_us:.1f} ± {r.rc_topk_spread_us:.1f} | {ratio} "
+            f"| {r.floor_us:.1f} | {r.rc_topk_us / r.floor_us:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """The same as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    series = {
+        "FlashAttention-3": [r.dense_us or 0.0 for r in rows],
+        "rc_topk": [r.rc_topk_us for r in rows],
+        "bytes floor of rc_topk": [r.floor_us for r in rows],
+    }
+    for i, (name, values) in enumerate(series.items()):
+        axes.bar([x + 0.27 * (i - 1) for x in range(len(rows))], values, 0.25, label=name)
+    axes.set_yscale("log")
+    axes.set_ylabel("one layer's decode step, us")
+    axes.set_xticks(range(len(rows)), [f"{r.context // K}K x {r.batch}" for r in rows])
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def write_results(path: Path, rows: list[Row], about: dict[str, object]) -> None:
+    """Update ``decode`` in the results file; what other commands wrote there stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["decode"] = [asdict(r) for r in rows]
+    results["decode_environment"] = about
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--query-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument(
+        "--budget", type=float, default=2048, help="tokens, or a share of the context below 1"
+    )
+    parser.add_argument("--statistics-bits", type=int, choices=(8, 16), default=8)
+    parser.add_argument("--selection", choices=("box", "mean_var", "moba"), default="box")
+    parser.add_argument("--completion", choices=("linear", "none"), default="linear")
+    parser.add_argument("--layout", choices=("HND", "NHD"), default="NHD", help="order inside a KV block")
+    parser.add_argument(
+        "--rows", nargs="*", metavar="CONTEXTxBATCH", help="such as 32Kx8; default: " + " ".join(_names())
+    )
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/performance.json"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/results/decode.png"))
+
+
+def _names() -> list[str]:
+    return [f"{context}Kx{batch}" for context, batch in TABLE]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``rc-topk bench``. Returns the exit status: 1 without a GPU or with a failed check."""
+    parser = argparse.ArgumentParser(prog="rc-topk bench", description=__doc__)
+    add_arguments(parser)
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("rc-topk bench needs a CUDA device.", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    case = Case(
+        heads=options.kv_heads,
+        group=options.query_heads // options.kv_heads,
+        head_size=options.head_size,
+        page_size=options.page_size,
+        sink_tokens=options.page_size,
+        tail_tokens=64,
+        budget=options.budget,
+        statistics_bits=options.statistics_bits,
+        selection=options.selection,
+        completion=options.completion,
+        head_first=options.layout == "HND",
+    )
+    wanted = [name.upper().split("KX") for name in options.rows or _names()]
+    shapes = [(int(context) * K, int(batch)) for context, batch in wanted]
+
+    torch.manual_seed(0)
+    try:
+        error = check(
+            replace(case, seq_lens=(8 * K, 1, 0, 2 * K, 12 * K + 5), max_model_len=16 * K), device, 3
+        )
+    except AssertionError as failure:
+        print(
+            f"The kernels do not agree with the reference, so no speed is printed: {failure}", file=sys.stderr
+        )
+        return 1
+    print(f"Checked against the reference: relative error {error:.1e}.", file=sys.stderr)
+
+    bandwidth = copy_bandwidth(device)
+    tokens = LEAST_LAYERS * max((context + case.page_size) * batch for context, batch in shapes)
+    free = torch.cuda.mem_get_info(device)[0] * 0.7
+    most = int(free / (case.layout.token_bytes + case.layout.statistics_bytes / case.page_size))
+    pool = make_pool(case, min(tokens, most), device)
+    rows = []
+    for context, batch in shapes:
+        if (context + case.page_size) * batch > pool.shape[0] * case.page_size:
+            print(f"{context // K}K x {batch} does not fit into this GPU's memory.", file=sys.stderr)
+            continue
+        try:
+            rows.append(measure(case, pool, context, batch, bandwidth, options.repeats))
+        except AssertionError as failure:
+            print(f"{context // K}K x {batch}: wrong output, no speeds printed: {failure}", file=sys.stderr)
+            return 1
+    about: dict[str, object] = {
+        **environment(device),
+        "copy_gb_per_s": round(bandwidth / 1e9),
+        "shape": f"{options.query_heads} query heads, {case.heads} KV heads, head size {case.head_size}, bfloat16, "
+        f"pages of {case.page_size}, {options.layout}, budget {case.budget:g}, {case.selection}, {case.completion}, "
+        f"{case.statistics_bits}-bit statistics",
+    }
+    for name, value in about.items():
+        print(f"- {name}: {value}")
+    print()
+    print(markdown(rows))
+    write_results(options.output, rows, about)
+    options.plot.parent.mkdir(parents=True, exist_ok=True)
+    plot(rows, options.plot)
+    return 0
