@@ -175,6 +175,7 @@ def reserve_workspaces(vllm_config: Any) -> None:
                 max_rows(vllm_config),
                 vllm_config.model_config.max_model_len,
                 layer.store.codes.device,
+                layer.config.stored_bits,
             )
         layer.workspace = workspaces[shape]
 
