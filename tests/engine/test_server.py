@@ -2,113 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from ..harness import MODEL, Prompt
+from ..harness import Prompt
+from ..serving import MODEL, Server, serving
 
 BUDGET = 192
-
-
-class Server:
-    """A running ``vllm serve``."""
-
-    def __init__(self, log: Path, options: str, extra: tuple[str, ...] = ()) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.log = log
-        self.url = f"http://127.0.0.1:{self.port}"
-        arguments = [
-            *(
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(self.port),
-                "--max-model-len",
-                "4096",
-                "--max-num-seqs",
-                "16",
-            ),
-            *("--enforce-eager", "--attention-backend", "rc_topk", "--additional-config", options),
-            *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(128 << 20)),
-        ]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [str(Path(sys.executable).parent / "vllm"), "serve", MODEL, *arguments, *extra],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def wait(self, seconds: int = 240) -> bool:
-        """Until it is healthy (True) or has ended (False)."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                return False
-            if self.healthy():
-                return True
-            time.sleep(0.5)
-        raise TimeoutError(self.log.read_text()[-4000:])
-
-    def healthy(self) -> bool:
-        """What its health check says."""
-        try:
-            with urllib.request.urlopen(self.url + "/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def metric(self, name: str) -> float:
-        """A counter on /metrics."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        found = re.search(rf"^{name}(?:{{.*}})? ([0-9.e+]+)$", text, re.MULTILINE)
-        assert found, name
-        return float(found[1])
-
-    @property
-    def client(self) -> openai.OpenAI:
-        """A client of this server."""
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=120, max_retries=0)
-
-    def stop(self) -> None:
-        """Stop it and everything it started."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
-
-@contextmanager
-def serving(log: Path, options: dict[str, Any], *extra: str) -> Iterator[Server]:
-    server = Server(log, json.dumps({"rc_topk": options}), extra)
-    try:
-        assert server.wait(), log.read_text()[-4000:]
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
