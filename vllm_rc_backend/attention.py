@@ -66,17 +66,29 @@ class ReferenceAttention:
         q = query.float().unflatten(0, (layout.heads, -1)) * self.scale
 
         mid = torch.arange(geometry.sink_pages, geometry.mid_end(seq_len), device=query.device)
-        scores = reference.score_pages(
-            q, self._statistics(kv, block_table, mid), layout.policy, self.group_rule
-        )
-        pages = reference.select_pages(scores, geometry.retrieved_pages(seq_len)) + geometry.sink_pages
+        statistics = self._statistics(kv, block_table, mid)
+        scores = reference.score_pages(q, statistics, layout.policy, self.group_rule)
+        selected = reference.select_pages(scores, geometry.retrieved_pages(seq_len))
+        unread = None
+        if layout.completion.needs_mean:
+            unread = reference.unread_log_mass(
+                layout.policy.mean_score(q, statistics), selected, geometry.page_size
+            )
 
         slot = -1 if batch.plan is None else int(batch.plan.slot[row])
         state = None
         if slot >= 0:
             state = reference.read_state(self.store.states[slot], layout.completion.precise_rows)
         output, residual = reference.decode_sparse(
-            q, kv, block_table, seq_len, geometry, pages, layout.completion, state
+            q,
+            kv,
+            block_table,
+            seq_len,
+            geometry,
+            selected + geometry.sink_pages,
+            layout.completion,
+            state,
+            unread,
         )
         return output.flatten(0, 1), float(residual.mean())
 

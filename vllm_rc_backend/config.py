@@ -80,11 +80,11 @@ class RCTopKConfig:
         ", ".join(sorted(COMPLETIONS)),
         "How the softmax mass that was not read is estimated; none renormalises over what was read.",
     )
-    statistics_bits: int = _option(
-        16,
-        "8 or 16",
-        "Bits per element of the page statistics. They are read in full for every query: 8 halves the largest read "
-        "at long context.",
+    statistics_bits: int | None = _option(
+        None,
+        "8 or 16, with selection=runs also 2, or null for the policy's own default",
+        "Bits per element of the page statistics, 2 by default for runs, 16 for others. They are read in full for "
+        "every query and are the largest read at long context.",
     )
     dense_threshold: int = _option(
         0,
@@ -138,8 +138,18 @@ class RCTopKConfig:
         self._one_of("group_rule", GROUP_RULES)
         self._one_of("completion", sorted(COMPLETIONS))
         self._one_of("kv_residency", KV_RESIDENCIES)
-        if self.statistics_bits not in (8, 16):
-            raise OptionError("statistics_bits", self.statistics_bits, self._allowed("statistics_bits"))
+        bits = POLICIES[self.selection].statistics_bits
+        if self.statistics_bits is not None and self.statistics_bits not in bits:
+            hint = f"selection is {self.selection}."
+            raise OptionError("statistics_bits", self.statistics_bits, self._allowed("statistics_bits"), hint)
+        if COMPLETIONS[self.completion].needs_mean and not POLICIES[self.selection].has_mean:
+            raise OptionError(
+                "completion",
+                self.completion,
+                f"{', '.join(sorted(n for n, c in COMPLETIONS.items() if not c.needs_mean))} with "
+                f"selection={self.selection}",
+                f"Policies that keep mean keys: {', '.join(sorted(n for n, p in POLICIES.items() if p.has_mean))}.",
+            )
         weight = self.selection_weight
         if weight is not None:
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 4:
@@ -169,6 +179,11 @@ class RCTopKConfig:
                 f"tail_tokens={self.tail_tokens}, page_size={self.page_size}",
                 "The anchors and one page must fit: lower sink_tokens or tail_tokens, or raise budget.",
             )
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits per element of the page statistics."""
+        return self.statistics_bits or POLICIES[self.selection].statistics_bits[0]
 
     @property
     def smallest_budget(self) -> int:

@@ -92,7 +92,7 @@ def layer_layout(config: RCTopKConfig, facts: ModelFacts, kv_bytes: int, tensor_
         head_size=facts.head_size,
         kv_bytes=kv_bytes,
         slots=0,
-        statistics_bits=config.statistics_bits,
+        statistics_bits=config.stored_bits,
         geometry=Geometry(
             config.page_size,
             config.page_size,

@@ -146,7 +146,7 @@ class SparseLayer:
             head_size=self.shape.head_size,
             kv_bytes=kv_bytes,
             slots=slots,
-            statistics_bits=config.statistics_bits,
+            statistics_bits=config.stored_bits,
             geometry=Geometry(
                 page_size=config.page_size,
                 block_size=block_size,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_rc_backend.completion import Completion
 from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.kernels.reference.statistics import STATISTICS_DTYPES, STATISTICS_SCALE_BYTES
 from vllm_rc_backend.selection import PagePolicy
 
 
@@ -25,7 +26,7 @@ class StoreLayout:
         head_size: elements of a key.
         kv_bytes: bytes of one element of the KV cache.
         slots: summary slots (0 without a completion).
-        statistics_bits: 8 or 16.
+        statistics_bits: 2, 8 or 16.
     """
 
     heads: int
@@ -40,7 +41,7 @@ class StoreLayout:
     @property
     def statistics_bytes(self) -> int:
         """Bytes of one page's statistics, all KV heads."""
-        scale = 2 if self.statistics_bits == 8 else 0
+        scale = STATISTICS_SCALE_BYTES[self.statistics_bits]
         return self.heads * self.policy.vectors * (self.head_size * self.statistics_bits // 8 + scale)
 
     @property
@@ -84,14 +85,14 @@ class SideStore:
 
     def __init__(self, layout: StoreLayout, pages: int, device: torch.device | str) -> None:
         heads, d, vectors = layout.heads, layout.head_size, layout.policy.vectors
-        eight = layout.statistics_bits == 8
+        bits = layout.statistics_bits
         self.layout = layout
         self.pages = pages
         self.codes = torch.zeros(
-            pages, heads, vectors, d, dtype=torch.int8 if eight else torch.bfloat16, device=device
+            pages, heads, vectors, d // 4 if bits == 2 else d, dtype=STATISTICS_DTYPES[bits], device=device
         )
         self.scales: Tensor | None = (
-            torch.zeros(pages, heads, vectors, dtype=torch.float16, device=device) if eight else None
+            torch.zeros(pages, heads, vectors, dtype=torch.float16, device=device) if bits < 16 else None
         )
         rows = layout.completion.state_rows(d)
         self.states = torch.zeros(layout.slots, heads, 2, rows, d, dtype=torch.bfloat16, device=device)

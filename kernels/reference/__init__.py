@@ -2,16 +2,31 @@
 
 from vllm_rc_backend.kernels.reference.decode import complete_softmax, decode_dense, decode_sparse
 from vllm_rc_backend.kernels.reference.paged import PagedKV
-from vllm_rc_backend.kernels.reference.select import reduce_group, score_pages, select_pages
+from vllm_rc_backend.kernels.reference.select import (
+    reduce_group,
+    score_pages,
+    select_pages,
+    unread_log_mass,
+)
 from vllm_rc_backend.kernels.reference.statistics import (
+    STATISTICS_DTYPES,
+    STATISTICS_SCALE_BYTES,
     decode_statistics,
     encode_statistics,
     finish_pages,
     finished_pages,
 )
-from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags, absorb_pages, plan_summaries, read_state
+from vllm_rc_backend.kernels.reference.summary import (
+    SummaryPlan,
+    SummaryTags,
+    absorb_pages,
+    plan_summaries,
+    read_state,
+)
 
 __all__ = [
+    "STATISTICS_DTYPES",
+    "STATISTICS_SCALE_BYTES",
     "PagedKV",
     "SummaryPlan",
     "SummaryTags",
@@ -28,4 +43,5 @@ __all__ = [
     "reduce_group",
     "score_pages",
     "select_pages",
+    "unread_log_mass",
 ]

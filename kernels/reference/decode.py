@@ -32,6 +32,7 @@ def decode_sparse(
     pages: Tensor,
     completion: Completion,
     state: Tensor | None,
+    unread_log_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One row of sparse decode (arXiv 2604.05438, section 3; the completion's own file says what it estimates).
 
@@ -49,6 +50,7 @@ def decode_sparse(
         completion: the estimator.
         state: float32 ``[heads, state_rows, head_size]`` over the mid region; None if it is not known, which drops
             the residual (selection only).
+        unread_log_mass: float32 ``[heads, group]`` from ``select.unread_log_mass``, for completions that need it.
 
     Returns:
         Output float32 ``[heads, group, head_size]``, and the residual's share of the softmax mass
@@ -59,7 +61,7 @@ def decode_sparse(
     tail_keys, tail_values = kv.read_range(block_table, mid_end * kv.page_size, seq_len)
     page_keys, page_values = (x.flatten(1, 2) for x in kv.read(kv.page_ids(block_table, pages)))
 
-    retrieved = Retrieved(query @ page_keys.mT, page_keys, page_values)
+    retrieved = Retrieved(query @ page_keys.mT, page_keys, page_values, unread_log_mass)
     scores = torch.cat((query @ sink_keys.mT, retrieved.scores, query @ tail_keys.mT), dim=-1)
     values = torch.cat((sink_values, page_values, tail_values), dim=-2)
 

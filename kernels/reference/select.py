@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,17 @@ def select_pages(scores: Tensor, count: int) -> Tensor:
     """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values
+
+
+def unread_log_mass(mean_scores: Tensor, selected: Tensor, page_size: int) -> Tensor:
+    """Jensen's bound of the softmax mass of the pages that were not selected: log sum page_size * exp(q.mean(k)).
+
+    Args:
+        mean_scores: float32 ``[..., group, pages]``, the policy's ``mean_score`` of the mid region's pages.
+        selected: int64 ``[..., count]``, indices into those pages.
+
+    Returns:
+        ``[..., group]``; -inf if every page was selected.
+    """
+    index = selected.unsqueeze(-2).expand(*mean_scores.shape[:-1], -1)
+    return mean_scores.scatter(-1, index, -torch.inf).logsumexp(dim=-1) + math.log(page_size)

@@ -1,4 +1,4 @@
-"""Page statistics: computed from the cache when a page is finished, stored at 16 or 8 bits."""
+"""Page statistics: computed from the cache when a page is finished, stored at 16, 8 or 2 bits."""
 
 from __future__ import annotations
 
@@ -14,21 +14,34 @@ def finished_pages(seq_len: int, query_len: int, page_size: int) -> range:
     return range((seq_len - query_len) // page_size, seq_len // page_size)
 
 
+STATISTICS_DTYPES = {16: torch.bfloat16, 8: torch.int8, 2: torch.uint8}
+"""What statistics are stored as, by bits per element. uint8 holds four elements of 2 bits, the first lowest."""
+
+STATISTICS_SCALE_BYTES = {16: 0, 8: 2, 2: 2}
+"""Bytes of a vector's scale, by bits per element."""
+
+
 def encode_statistics(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Round to the stored form.
 
     bfloat16 is stored as it is. int8 is symmetric with one float16 scale per vector, rounded up so that nothing is
-    clipped.
+    clipped. At 2 bits the levels are -1.5, -0.5, 0.5 and 1.5 times the vector's root mean square (one float16), close
+    to the best four of a normal distribution (Max, "Quantizing for minimum distortion", 1960).
 
     Args:
-        statistics: float32 ``[..., vectors, head_size]``.
-        dtype: ``torch.bfloat16`` or ``torch.int8``.
+        statistics: float32 ``[..., vectors, head_size]``; head_size divides by 4 at 2 bits.
+        dtype: a value of ``STATISTICS_DTYPES``.
 
     Returns:
-        The codes, and the scales ``[..., vectors]`` for int8.
+        The codes (the last dimension a quarter at 2 bits), and the scales ``[..., vectors]`` unless they are bfloat16.
     """
     if dtype == torch.bfloat16:
         return statistics.to(dtype), None
+    if dtype == torch.uint8:
+        rms = statistics.square().mean(dim=-1).sqrt().clamp(min=2.0**-14).half()
+        levels = ((statistics / rms.float().unsqueeze(-1)).floor().clamp(-2, 1) + 2).to(dtype)
+        first, second, third, fourth = levels.unflatten(-1, (-1, 4)).unbind(-1)
+        return first | second << 2 | third << 4 | fourth << 6, rms
     scales = (statistics.abs().amax(dim=-1) / 127).clamp(min=2.0**-14)
     # The next float16 up: a scale rounded down would push the largest element past 127.
     rounded = scales.half()
@@ -40,6 +53,10 @@ def encode_statistics(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 
 def decode_statistics(codes: Tensor, scales: Tensor | None) -> Tensor:
     """float32 statistics from the stored form."""
+    if codes.dtype == torch.uint8 and scales is not None:
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)
+        levels = (codes.unsqueeze(-1) >> shifts & 3).flatten(-2).float() - 1.5
+        return levels * scales.float().unsqueeze(-1)
     return codes.float() if scales is None else codes.float() * scales.float().unsqueeze(-1)
 
 
@@ -59,7 +76,8 @@ def finish_pages(
         block_table: int ``[rows, max_blocks]``.
         seq_lens, query_lens: tokens in the sequence after this step, and of them new; a padding row has 0 and 0.
         policy: what to compute.
-        codes: ``[pages, heads, vectors, head_size]``, the store, written in place at physical page ids.
+        codes: ``[pages, heads, vectors, head_size]`` (a quarter of head_size at 2 bits), the store, written in place
+            at physical page ids.
         scales: ``[pages, heads, vectors]`` or None.
     """
     for row, (seq_len, query_len) in enumerate(zip(seq_lens, query_lens, strict=True)):

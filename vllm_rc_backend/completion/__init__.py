@@ -8,8 +8,11 @@ from __future__ import annotations
 from vllm_rc_backend.completion.base import Completion, Residual, Retrieved
 from vllm_rc_backend.completion.linear import Linear
 from vllm_rc_backend.completion.none import NoCompletion
+from vllm_rc_backend.completion.paged import Paged
 
-COMPLETIONS: dict[str, type[Completion]] = {completion.name: completion for completion in (Linear, NoCompletion)}
+COMPLETIONS: dict[str, type[Completion]] = {
+    completion.name: completion for completion in (Linear, NoCompletion, Paged)
+}
 
 
 def make_completion(name: str) -> Completion:

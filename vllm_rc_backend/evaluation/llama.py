@@ -20,8 +20,8 @@ from torch.nn import functional
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, query ``[batch, window, heads, group, d]`` scaled, keys, values ``[batch, heads, tokens, d]``) -> like query.
+Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(query ``[batch, window, heads, group, d]`` scaled, keys, values ``[batch, heads, tokens, d]``, layer) -> like query.
 
 float32 queries and result; keys and values hold the whole sequence in the cache's dtype.
 """
@@ -39,10 +39,6 @@ class KVCache:
         """Tokens held per sequence."""
         return self.keys[0].shape[2]
 
-    def rows(self, first: int, last: int) -> KVCache:
-        """Some of the sequences."""
-        return KVCache([k[first:last] for k in self.keys], [v[first:last] for v in self.values])
-
 
 class Llama:
     """The model. Weights stay in the checkpoint's dtype; the window computes in float32."""
@@ -51,28 +47,40 @@ class Llama:
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         architecture = (self.config.get("architectures") or ["?"])[0]
         if architecture not in ARCHITECTURES:
-            raise ValueError(f"{directory}: architecture {architecture} is not one of {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"{directory}: architecture {architecture} is not one of {', '.join(ARCHITECTURES)}"
+            )
         self.device = torch.device(device)
         self.layers: int = self.config["num_hidden_layers"]
         self.query_heads: int = self.config["num_attention_heads"]
         self.heads: int = self.config.get("num_key_value_heads") or self.query_heads
         self.head_size: int = self.config.get("head_dim") or self.config["hidden_size"] // self.query_heads
         self.weights = {
-            name: tensor.to(self.device) for file in sorted(directory.glob("*.safetensors")) for name, tensor in _read(file)
+            name: tensor.to(self.device)
+            for file in sorted(directory.glob("*.safetensors"))
+            for name, tensor in _read(file)
         }
         self.frequencies = _rope_frequencies(self.config, self.head_size).to(self.device)
         self.dtype = self.weights["model.embed_tokens.weight"].dtype
 
-    def prefill(self, tokens: Tensor, batch: int) -> KVCache:
-        """Dense causal attention over whole prompts, ``batch`` at a time.
-
-        Args:
-            tokens: int64 ``[sequences, length]``.
-        """
-        parts = [self._prefill(rows.to(self.device)) for rows in tokens.split(batch)]
-        return KVCache(
-            *([torch.cat(layer) for layer in zip(*columns, strict=True)] for columns in zip(*parts, strict=True))
-        )
+    def prefill(self, tokens: Tensor) -> KVCache:
+        """Dense causal attention over whole prompts, int64 ``[batch, length]``."""
+        positions = torch.arange(tokens.shape[1], device=self.device)
+        x = self.weights["model.embed_tokens.weight"][tokens]
+        if self.device.type == "cpu":
+            x = x.float()
+        cache = KVCache([], [])
+        for layer in range(self.layers):
+            query, key, value = self._project(layer, x, positions)
+            cache.keys.append(key.to(self.dtype))
+            cache.values.append(value.to(self.dtype))
+            if layer + 1 == self.layers:
+                break  # nothing needs its output
+            out = functional.scaled_dot_product_attention(
+                query.transpose(1, 2), key, value, is_causal=True, enable_gqa=True
+            )
+            x = self._rest(layer, x, out.transpose(1, 2).flatten(2))
+        return cache
 
     def window(self, cache: KVCache, tokens: Tensor, attention: Attention) -> Tensor:
         """Logits of the tokens that follow a cache, each computed with the given attention in every layer.
@@ -93,7 +101,7 @@ class Llama:
             keys = torch.cat((cache.keys[layer], key.to(cache.keys[layer].dtype)), dim=2)
             values = torch.cat((cache.values[layer], value.to(cache.values[layer].dtype)), dim=2)
             query = query.unflatten(2, (self.heads, -1)) * self.head_size**-0.5
-            x = self._rest(layer, x, attention(layer, query, keys, values).flatten(2))
+            x = self._rest(layer, x, attention(query, keys, values, layer).flatten(2))
         x = self._norm(x, "model.norm.weight")
         return functional.linear(x, self._weight(self._head, torch.float32))
 
@@ -101,30 +109,13 @@ class Llama:
     def _head(self) -> str:
         return "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
 
-    def _prefill(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        positions = torch.arange(tokens.shape[1], device=self.device)
-        x = self.weights["model.embed_tokens.weight"][tokens]
-        if self.device.type == "cpu":
-            x = x.float()
-        keys, values = [], []
-        for layer in range(self.layers):
-            query, key, value = self._project(layer, x, positions)
-            keys.append(key.to(self.dtype))
-            values.append(value.to(self.dtype))
-            if layer + 1 == self.layers:
-                break  # its output is only needed where the window computes it
-            out = functional.scaled_dot_product_attention(
-                query.transpose(1, 2), key, value, is_causal=True, enable_gqa=True
-            )
-            x = self._rest(layer, x, out.transpose(1, 2).flatten(2))
-        return keys, values
-
     def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``[batch, tokens, query_heads, d]``, key and value ``[batch, heads, tokens, d]``, after RoPE."""
         prefix = f"model.layers.{layer}."
         x = self._norm(x, prefix + "input_layernorm.weight")
         query, key, value = (
-            self._linear(x, f"{prefix}self_attn.{name}_proj").unflatten(-1, (-1, self.head_size)) for name in "qkv"
+            self._linear(x, f"{prefix}self_attn.{name}_proj").unflatten(-1, (-1, self.head_size))
+            for name in "qkv"
         )
         if prefix + "self_attn.q_norm.weight" in self.weights:
             query = self._norm(query, prefix + "self_attn.q_norm.weight")
@@ -142,7 +133,9 @@ class Llama:
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.weights.get(name + ".bias")
-        return functional.linear(x, self._weight(name + ".weight", x.dtype), bias if bias is None else bias.to(x.dtype))
+        return functional.linear(
+            x, self._weight(name + ".weight", x.dtype), bias if bias is None else bias.to(x.dtype)
+        )
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight = self._weight(name, torch.float32)
@@ -161,18 +154,18 @@ def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
 def _rope_frequencies(config: dict[str, Any], head_size: int) -> Tensor:
     """Radians per position of each pair of dimensions, float32 ``[head_size / 2]``."""
     options = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = options.get("rope_theta") or config.get("rope_theta") or 10000.0
+    theta = float(options.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = options.get("rope_type", options.get("type", "default"))
-    frequencies = theta ** -(torch.arange(0, head_size, 2).float() / head_size)
+    frequencies = torch.tensor(theta) ** -(torch.arange(0, head_size, 2).float() / head_size)
     if kind == "default":
         return frequencies
     if kind == "linear":
-        return frequencies / options["factor"]
+        return frequencies / float(options["factor"])
     if kind == "llama3":
         turns = options["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = options["low_freq_factor"], options["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / options["factor"])
+        return frequencies * (keep + (1 - keep) / float(options["factor"]))
     raise ValueError(f"config.json: rope type {kind!r} is not default, linear or llama3")
 
 

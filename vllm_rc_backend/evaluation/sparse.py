@@ -14,20 +14,20 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from vllm_rc_backend.completion import Completion, Residual, Retrieved
+from vllm_rc_backend.completion import Completion, Retrieved
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import (
+    STATISTICS_DTYPES,
     complete_softmax,
     decode_statistics,
     encode_statistics,
     read_state,
     reduce_group,
     select_pages,
+    unread_log_mass,
 )
 from vllm_rc_backend.kernels.reference.summary import split_planes
 from vllm_rc_backend.selection import PagePolicy
-
-STATISTICS_DTYPES = {8: torch.int8, 16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Setting:
     policy: PagePolicy
     group_rule: str
     completion: Completion
-    statistics_bits: int = 16
+    statistics_bits: int
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,13 @@ class Run:
 Probe = Callable[[Run], None]
 
 
-def dense_window(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def dense_window(query: Tensor, keys: Tensor, values: Tensor, layer: int = 0) -> Tensor:
     """Causal softmax attention of the last positions of each sequence.
 
     Args:
         query: float32 ``[batch, window, heads, group, d]``, multiplied by the softmax scale.
         keys, values: ``[batch, heads, tokens, d]``; the window's are the last.
+        layer: not used; there for ``llama.Attention``.
 
     Returns:
         float32, like the query.
@@ -82,7 +83,9 @@ def dense_window(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def sparse_window(query: Tensor, keys: Tensor, values: Tensor, setting: Setting, probe: Probe | None = None) -> Tensor:
+def sparse_window(
+    query: Tensor, keys: Tensor, values: Tensor, setting: Setting, probe: Probe | None = None
+) -> Tensor:
     """Sparse attention of the last positions of each sequence; shapes as ``dense_window``.
 
     Args:
@@ -105,22 +108,28 @@ def sparse_window(query: Tensor, keys: Tensor, values: Tensor, setting: Setting,
             continue
         mid_end = geometry.mid_end(seq_len)
         rows = query[:, first:last].transpose(0, 1)  # [rows, batch, heads, group, d]
-        pages = _select(rows, statistics[:, :, geometry.sink_pages : mid_end], setting, geometry.retrieved_pages(seq_len))
+        mid = statistics[:, :, geometry.sink_pages : mid_end]
+        selected, unread = _select(rows, mid, setting, geometry.retrieved_pages(seq_len))
+        pages = selected + geometry.sink_pages
 
         page_keys, page_values = (_take(x, pages) for x in (paged_keys, paged_values))
-        retrieved = Retrieved(rows @ page_keys.mT, page_keys, page_values)
+        retrieved = Retrieved(rows @ page_keys.mT, page_keys, page_values, unread)
         mid_tokens = (mid_end - geometry.sink_pages) * page
         residual = setting.completion.residual(rows, summary.until(mid_end), mid_tokens, retrieved)
 
         anchor_keys, anchor_values = (
-            torch.cat((x[:, :, : geometry.sink_tokens], x[:, :, mid_end * page : start + last]), dim=2).float()
+            torch.cat(
+                (x[:, :, : geometry.sink_tokens], x[:, :, mid_end * page : start + last]), dim=2
+            ).float()
             for x in (keys, values)
         )
         future = torch.ones(last - first, anchor_keys.shape[2], dtype=torch.bool, device=query.device)
         future = future.triu(anchor_keys.shape[2] - (last - first) + 1).view(last - first, 1, 1, 1, -1)
         anchor_scores = (rows @ anchor_keys.mT).masked_fill(future, -torch.inf)
         scores = torch.cat((retrieved.scores, anchor_scores), dim=-1)
-        run_values = torch.cat((page_values, anchor_values.expand(last - first, *anchor_values.shape)), dim=-2)
+        run_values = torch.cat(
+            (page_values, anchor_values.expand(last - first, *anchor_values.shape)), dim=-2
+        )
 
         out, share = complete_softmax(scores, run_values, residual)
         output[:, first:last] = out.transpose(0, 1)
@@ -140,19 +149,30 @@ def _runs(geometry: Geometry, start: int, window: int) -> Iterator[tuple[int, in
 
 
 def _statistics(paged_keys: Tensor, setting: Setting) -> Tensor:
-    """``[batch, heads, pages, vectors, d]`` as read back from the store, float32 (the keys if the policy reads them)."""
+    """``[batch, heads, pages, vectors, d]`` as read back from the store, float32; the keys if the policy reads them."""
     keys = paged_keys.float()
     if setting.policy.reads_keys:
         return keys
-    return decode_statistics(*encode_statistics(setting.policy.statistics(keys), STATISTICS_DTYPES[setting.statistics_bits]))
+    return decode_statistics(
+        *encode_statistics(setting.policy.statistics(keys), STATISTICS_DTYPES[setting.statistics_bits])
+    )
 
 
-def _select(rows: Tensor, statistics: Tensor, setting: Setting, count: int) -> Tensor:
-    """Retrieved pages ``[rows, batch, heads, count]`` of the sequence."""
+def _select(rows: Tensor, statistics: Tensor, setting: Setting, count: int) -> tuple[Tensor, Tensor | None]:
+    """Retrieved pages ``[rows, batch, heads, count]`` of the mid region, and the log-mass of the others if needed."""
+
+    def by_row(scores: Tensor) -> Tensor:
+        split: Tensor = scores.unflatten(2, (rows.shape[0], -1))
+        return split  # [batch, heads, rows, group, pages]
+
     flat = rows.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [batch, heads, rows * group, d]
-    scores = setting.policy.score(flat, statistics).unflatten(2, (rows.shape[0], -1))
+    scores = by_row(setting.policy.score(flat, statistics))
     pages = select_pages(reduce_group(scores, setting.group_rule), count)  # [batch, heads, rows, count]
-    return pages.permute(2, 0, 1, 3) + setting.geometry.sink_pages
+    unread = None
+    if setting.completion.needs_mean:
+        means = by_row(setting.policy.mean_score(flat, statistics))
+        unread = unread_log_mass(means, pages, setting.geometry.page_size).permute(2, 0, 1, 3)
+    return pages.permute(2, 0, 1, 3), unread
 
 
 def _take(paged: Tensor, pages: Tensor) -> Tensor:
@@ -175,7 +195,9 @@ class _Summary:
         """float32 ``[batch, heads, state_rows, d]``; ``mid_end`` never decreases."""
         completion, page = self.setting.completion, self.setting.geometry.page_size
         if mid_end > self.end:
-            keys, values = (x[:, :, self.end * page : mid_end * page].float() for x in (self.keys, self.values))
+            keys, values = (
+                x[:, :, self.end * page : mid_end * page].float() for x in (self.keys, self.values)
+            )
             self.total = self.total + completion.contribution(keys, values)
             self.end = mid_end
         planes = torch.stack(split_planes(torch.as_tensor(self.total)), dim=-3)

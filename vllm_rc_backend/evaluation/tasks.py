@@ -95,7 +95,9 @@ class Workshop:
         bos = self.corpus.bos
         room = length - len(bos) - sum(map(len, own)) - sum(len(ids) for ids, _ in ending)
         if room < 0:
-            raise ValueError(f"a context of {length} tokens is too short for this task: {-room} tokens too many")
+            raise ValueError(
+                f"a context of {length} tokens is too short for this task: {-room} tokens too many"
+            )
         filler = self.corpus.lines(room, self.rng)
         tokens = list(bos) + _strew(filler, own, self.rng)
         answer_mask = [False] * len(tokens)
@@ -156,7 +158,8 @@ def _needles(shop: Workshop, length: int, keys: int, asked: int) -> Prompt:
     numbers = {key: shop.number() for key in shop.keys(keys)}
     lines = [shop.format.needle.format(key, number) for key, number in numbers.items()]
     turns = [
-        (shop.format.needle_question.format(key), " " + numbers[key]) for key in shop.rng.sample(list(numbers), asked)
+        (shop.format.needle_question.format(key), " " + numbers[key])
+        for key in shop.rng.sample(list(numbers), asked)
     ]
     return shop.assemble(length, lines, turns)
 

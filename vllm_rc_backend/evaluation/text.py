@@ -11,7 +11,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-HELD_OUT_PACKAGES = ("networkx", "gpytorch", "rich", "optax", "hypothesis", "numpyro", "fontTools", "vllm", "ray")
+HELD_OUT_PACKAGES = (
+    "networkx",
+    "gpytorch",
+    "rich",
+    "optax",
+    "hypothesis",
+    "numpyro",
+    "fontTools",
+    "vllm",
+    "ray",
+)
 """Packages that this project's small models never saw in training; those that are installed are used."""
 
 TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst"}
@@ -31,7 +41,9 @@ class Corpus:
     def installed(cls, model: Path, seed: int = 0) -> tuple[Corpus, list[str]]:
         """Held-out packages that are installed here, and their names."""
         folders = dict(_package_folders(HELD_OUT_PACKAGES))
-        return cls(model, [file for folder in folders.values() for file in text_files(folder)], seed), list(folders)
+        return cls(model, [file for folder in folders.values() for file in text_files(folder)], seed), list(
+            folders
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -90,7 +102,11 @@ class Corpus:
 def text_files(folder: Path) -> list[Path]:
     """Text below a folder (or the file itself), sorted."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
-    return [f for f in files if f.suffix in TEXT_SUFFIXES and f.is_file() and SMALLEST_FILE <= f.stat().st_size <= LARGEST_FILE]
+    return [
+        f
+        for f in files
+        if f.suffix in TEXT_SUFFIXES and f.is_file() and SMALLEST_FILE <= f.stat().st_size <= LARGEST_FILE
+    ]
 
 
 def _package_folders(names: tuple[str, ...]) -> Iterator[tuple[str, Path]]:

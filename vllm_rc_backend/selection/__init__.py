@@ -11,8 +11,9 @@ from vllm_rc_backend.selection.box import Box
 from vllm_rc_backend.selection.mean_var import MeanVar
 from vllm_rc_backend.selection.moba import MoBA
 from vllm_rc_backend.selection.oracle import Oracle
+from vllm_rc_backend.selection.runs import Runs
 
-POLICIES: dict[str, type[PagePolicy]] = {policy.name: policy for policy in (Box, MeanVar, MoBA, Oracle)}
+POLICIES: dict[str, type[PagePolicy]] = {policy.name: policy for policy in (Box, MeanVar, MoBA, Oracle, Runs)}
 
 
 def make_policy(name: str, weight: float | None = None) -> PagePolicy:

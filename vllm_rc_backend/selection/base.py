@@ -19,6 +19,10 @@ class PagePolicy:
     name: ClassVar[str]
     vectors: ClassVar[int]
     """Vectors of head size kept per page and KV head: what one query reads for every page."""
+    statistics_bits: ClassVar[tuple[int, ...]] = (16, 8)
+    """Bits per element that the statistics may be stored at, the policy's default first."""
+    has_mean: ClassVar[bool] = False
+    """Whether the statistics hold the page's mean key, so that ``mean_score`` is there."""
     takes_weight: ClassVar[bool] = False
     reads_keys: ClassVar[bool] = False
     """True for evaluation-only policies that read the page's keys instead of a statistic."""
@@ -45,4 +49,8 @@ class PagePolicy:
         Returns:
             ``[..., group, pages]``.
         """
+        raise NotImplementedError
+
+    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
+        """q.mean(k) of each page, shapes as ``score``; plus log page_size, Jensen's bound of its log-mass."""
         raise NotImplementedError

@@ -21,6 +21,7 @@ class MeanVar(PagePolicy):
 
     name: ClassVar[str] = "mean_var"
     vectors: ClassVar[int] = 2
+    has_mean: ClassVar[bool] = True
     takes_weight: ClassVar[bool] = True
     weight: float = 0.5
 
@@ -30,3 +31,6 @@ class MeanVar(PagePolicy):
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         mean, variance = statistics.unbind(dim=-2)
         return query @ mean.mT + self.weight * (query.square() @ variance.mT)
+
+    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
+        return query @ statistics[..., 0, :].mT

@@ -16,9 +16,12 @@ class MoBA(PagePolicy):
 
     name: ClassVar[str] = "moba"
     vectors: ClassVar[int] = 1
+    has_mean: ClassVar[bool] = True
 
     def statistics(self, keys: Tensor) -> Tensor:
         return keys.mean(dim=-2, keepdim=True)
 
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         return query @ statistics[..., 0, :].mT
+
+    mean_score = score

@@ -17,6 +17,7 @@ class Oracle(PagePolicy):
     name: ClassVar[str] = "oracle"
     vectors: ClassVar[int] = 0
     reads_keys: ClassVar[bool] = True
+    has_mean: ClassVar[bool] = True
 
     def statistics(self, keys: Tensor) -> Tensor:
         return keys[..., :0, :]
@@ -24,3 +25,6 @@ class Oracle(PagePolicy):
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         scores = query.unsqueeze(-3) @ statistics.mT  # [..., pages, group, page_size]
         return scores.logsumexp(dim=-1).mT
+
+    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
+        return query @ statistics.mean(dim=-2).mT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from vllm_rc_backend.selection.box import Box
 from vllm_rc_backend.selection.mean_var import MeanVar
 from vllm_rc_backend.selection.moba import MoBA
 from vllm_rc_backend.selection.oracle import Oracle
+from vllm_rc_backend.selection.runs import Runs, rotate
 
 seeds = st.integers(0, 10_000)
 
@@ -72,7 +75,7 @@ def test_mean_var_is_the_log_mass_of_normal_keys() -> None:
     assert torch.allclose(MeanVar().score(query, MeanVar().statistics(keys)), exact, atol=0.03)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"runs"}))
 def test_the_order_of_tokens_in_a_page_does_not_matter(name: str) -> None:
     policy = make_policy(name)
     keys, query = keys_and_query(3)
@@ -82,6 +85,33 @@ def test_the_order_of_tokens_in_a_page_does_not_matter(name: str) -> None:
         return policy.score(query, page_keys if policy.reads_keys else policy.statistics(page_keys))
 
     assert torch.allclose(score(keys), score(shuffled), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, policy in POLICIES.items() if policy.has_mean))
+def test_mean_score_is_the_score_of_the_mean_key(name: str) -> None:
+    policy = make_policy(name)
+    keys, query = keys_and_query(7)
+    mean = policy.mean_score(query, keys if policy.reads_keys else policy.statistics(keys))
+    assert torch.allclose(mean, query @ keys.mean(dim=2).mT, atol=1e-5)
+
+
+@given(seeds)
+def test_runs_are_between_the_mean_and_the_oracle(seed: int) -> None:
+    """Jensen: a finer partition of the page bounds its log-mass more tightly."""
+    keys, query = keys_and_query(seed)
+    statistics = Runs().statistics(keys)
+    score = Runs().score(query, statistics) + math.log(2)
+    assert (score <= Oracle().score(query, keys) + 1e-4).all()
+    assert (score >= Runs().mean_score(query, statistics) + math.log(16) - 1e-4).all()
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128])
+def test_the_rotation_keeps_dot_products_and_spreads_a_spike(size: int) -> None:
+    x, y = torch.randn(2, 5, size)
+    assert torch.allclose((rotate(x) * rotate(y)).sum(-1), (x * y).sum(-1), atol=1e-4)
+    spike = torch.zeros(size)
+    spike[3] = 1
+    assert rotate(spike).abs().max() <= 0.25 + 1e-6
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

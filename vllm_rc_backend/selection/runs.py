@@ -1,0 +1,63 @@
+"""Runs: the mean keys of eight short runs of a page, rotated so that two bits an element are enough.
+
+Neighbouring keys resemble each other, so the mean of two of them stands for both, where one vector a page, or a box
+around it, mixes sixteen. The score is the page's log-mass if every key were its run's mean. A Hadamard rotation
+spreads each key's few large elements over all dimensions (as in QuIP, Chee et al., arXiv 2307.13304), after which the
+elements are close to normally distributed and a fixed grid of four levels quantises them: 8 vectors at 2 bits cost
+what one vector costs at 16. docs/accuracy.md compares it with the other policies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.selection.base import PagePolicy
+
+
+@dataclass(frozen=True)
+class Runs(PagePolicy):
+    """score = log sum_j exp(q.mean(k of run j)) over the page's eight runs."""
+
+    name: ClassVar[str] = "runs"
+    vectors: ClassVar[int] = 8
+    statistics_bits: ClassVar[tuple[int, ...]] = (2, 8, 16)
+    has_mean: ClassVar[bool] = True
+
+    def statistics(self, keys: Tensor) -> Tensor:
+        page_size = keys.shape[-2]
+        if page_size < self.vectors:
+            keys = keys.repeat_interleave(self.vectors // page_size, dim=-2)
+        return rotate(keys.unflatten(-2, (self.vectors, -1)).mean(dim=-2))
+
+    def score(self, query: Tensor, statistics: Tensor) -> Tensor:
+        return self._run_scores(query, statistics).logsumexp(dim=-1)
+
+    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
+        return self._run_scores(query, statistics).mean(dim=-1)
+
+    def _run_scores(self, query: Tensor, statistics: Tensor) -> Tensor:
+        """``[..., group, pages, vectors]``: a rotation of both sides leaves every dot product as it was."""
+        scores = rotate(query) @ statistics.flatten(-3, -2).mT
+        by_run: Tensor = scores.unflatten(-1, (-1, self.vectors))
+        return by_run
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Orthonormal Hadamard transform of the last dimension (of equal blocks, if it is no power of two)."""
+    size = x.shape[-1] & -x.shape[-1]
+    blocks: Tensor = x.unflatten(-1, (-1, size))
+    return (blocks @ hadamard(size).to(x)).flatten(-2)
+
+
+@cache
+def hadamard(size: int) -> Tensor:
+    """The symmetric orthonormal Hadamard matrix (Sylvester's), float32 ``[size, size]``; size is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / size**0.5
