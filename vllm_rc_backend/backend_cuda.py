@@ -188,6 +188,22 @@ def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
         group = layer.shape.num_heads // layer.shape.num_kv_heads
         layer.workspace.shape = make_shape(layer.store.layout, group, layer.config.group_rule)
         layer.attention = TritonAttention(layer.store, layer.workspace, impls[name].scale)
+    warm_up(vllm_config, next(iter(layers.values())))
+
+
+def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
+    """Compile the prefill's kernel now: capturing the decode graphs compiles the others, this one would be compiled in
+    the middle of the first request."""
+    assert layer.store is not None
+    layout, device = layer.store.layout, layer.store.codes.device
+    dtype = torch.uint8 if layout.kv_bytes == 1 else vllm_config.model_config.dtype
+    size = layout.geometry.block_size
+    kv_cache = torch.zeros(1, size, layout.heads, 2 * layout.head_size, dtype=dtype, device=device).transpose(
+        1, 2
+    )
+    for cache in (kv_cache, kv_cache.contiguous()):  # both orders that vLLM keeps blocks in
+        zeros = torch.zeros(16, dtype=torch.int32, device=device)
+        layer.attention.update_prefill(cache, zeros.view(1, 16), zeros[:1], zeros[:2], size)
 
 
 class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
@@ -262,7 +278,12 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
                 rows = rows.to(output.dtype) * layer._q_scale.to(output.dtype)
             attention.key_scale, attention.value_scale = layer._k_scale_float, layer._v_scale_float
             attention.decode(
-                rows, kv_cache, meta.block_table[:decodes], meta.seq_lens[:decodes], meta.plan, output[:decodes]
+                rows,
+                kv_cache,
+                meta.block_table[:decodes],
+                meta.seq_lens[:decodes],
+                meta.plan,
+                output[:decodes],
             )
         if meta.prefill is not None:
             attention.key_scale = layer._k_scale_float

@@ -46,7 +46,8 @@ def finish_page(kv, codes, scales, page, head, key_scale, stride_block, stride_t
         _store_vector(second, codes, scales, index + 1, S)
 
 
-@triton.jit
+# The rows of a prefill begin anywhere in the batch: without this, each alignment would be compiled when it first occurs.
+@triton.jit(do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start"])
 def finish_pages_kernel(
     kv,
     block_table,

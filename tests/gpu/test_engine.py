@@ -20,7 +20,7 @@ from ..harness import FULL, SCENARIOS, SMALL, Answer, Prompt, answers, engine, g
 GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
 
 
-def worker(llm: Any) -> Any:
+def model_runner(llm: Any) -> Any:
     """The model runner of an engine that lives in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
@@ -41,11 +41,8 @@ def counters(llm: Any) -> dict[str, int]:
 
 def planners(llm: Any) -> list[Any]:
     """The summary planners of all attention groups."""
-    import gc
-
-    from vllm_rc_backend.attention_triton import SummaryPlanner
-
-    return [o for o in gc.get_objects() if isinstance(o, SummaryPlanner)]
+    builders = [g.get_metadata_builder() for groups in model_runner(llm).attn_groups for g in groups]
+    return [builder.planner for builder in builders if builder.planner is not None]
 
 
 class Audit:
