@@ -1,0 +1,378 @@
+"""What must hold in every supported vLLM. Runs as a script in an interpreter of its own: `checks.py PLATFORM`.
+
+Prints one JSON object, a check's name to its traceback or null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODEL = str(Path(__file__).parents[2] / "examples" / "model")
+PLATFORM = sys.argv[1] if len(sys.argv) > 1 else ""
+OPTIONS = {"rc_topk": {"budget": 256}}
+
+
+def in_fresh_interpreter(code: str, stdin: bytes = b"", **environment: str) -> str:
+    """Run code in a new process that has imported nothing; its standard output."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], input=stdin, capture_output=True, env=os.environ | environment
+    )
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    return result.stdout.decode().strip().splitlines()[-1]
+
+
+@functools.cache
+def engine_config() -> Any:
+    """The configuration of an engine as ``vllm serve --attention-backend rc_topk`` would make it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=MODEL,
+        attention_backend="rc_topk",
+        additional_config=OPTIONS,
+        dtype="bfloat16",
+        max_model_len=4096,
+    ).create_engine_config()
+
+
+@functools.cache
+def layers() -> dict[str, Any]:
+    """Two attention layers, made by vLLM under that configuration."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    config = engine_config()
+    torch.set_default_dtype(torch.bfloat16)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(2)]
+    with set_current_vllm_config(config):
+        return {
+            name: Attention(4, 64, 64**-0.5, num_kv_heads=2, cache_config=config.cache_config, prefix=name)
+            for name in names
+        }
+
+
+def backend() -> Any:
+    """The backend class, by the way that vLLM goes."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum["RC_TOPK"].get_class()
+
+
+def check_platform() -> None:
+    from vllm.platforms import current_platform
+
+    assert current_platform.is_cuda() == (PLATFORM == "cuda")
+    assert current_platform.is_cpu() == (PLATFORM == "cpu")
+
+
+def check_the_version_is_supported_and_others_are_refused() -> None:
+    import vllm
+
+    from vllm_rc_backend.compat import UnsupportedError, check_version
+
+    check_version()
+    real = vllm.__version__
+    try:
+        for version in ("0.25.1", "0.34.0", "1.0.0"):
+            vllm.__version__ = version
+            with pytest.raises(UnsupportedError, match=rf"{re.escape(version)} is not supported.*>=0\.26\.0"):
+                check_version()
+        for version in ("0.26.1", "0.33.0+cu130", "0.33.1.dev5+gabcdef"):
+            vllm.__version__ = version
+            check_version()
+    finally:
+        vllm.__version__ = real
+
+
+def check_register_is_idempotent() -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_rc_backend.plugin import register
+
+    member = register()
+    before = list(AttentionBackendEnum), type(current_platform).get_attn_backend_cls
+    assert register() is member
+    assert (list(AttentionBackendEnum), type(current_platform).get_attn_backend_cls) == before
+    assert AttentionBackendEnum["RC_TOPK"] is member
+    assert AttentionBackendEnum.RC_TOPK is member
+    assert [m for m in AttentionBackendEnum if m.name == "RC_TOPK"] == [member]
+    assert member.get_path() == "vllm_rc_backend.backend.RCTopKBackend"
+
+
+def check_the_entry_point_obeys_vllm_plugins_and_leaves_other_backends_alone() -> None:
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins(); load_general_plugins(); import json;"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
+        "print(json.dumps({m.name: m.value for m in E}))"
+    )
+    gpu = "fake_gpu," if PLATFORM == "cuda" else ""
+    with_it = json.loads(in_fresh_interpreter(code, VLLM_PLUGINS=gpu + "rc_topk"))
+    without = json.loads(in_fresh_interpreter(code, VLLM_PLUGINS=gpu + "another"))
+    assert "RC_TOPK" not in without
+    assert with_it == without | {"RC_TOPK": with_it["RC_TOPK"]}
+
+
+def check_the_command_line_takes_the_flag() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    try:
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError:
+        from vllm.utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    lines = {
+        "name": ["--attention-backend", "rc_topk"],
+        "capitals": ["--attention-backend", "RC_TOPK"],
+        "dotted": ["--attention-config.backend", "rc_topk"],
+    }
+    for spelling, flags in lines.items():
+        arguments = parser.parse_args(["--model", MODEL, *flags, "--additional-config.rc_topk.budget", "256"])
+        engine = EngineArgs.from_cli_args(arguments)
+        assert engine.additional_config == OPTIONS, engine.additional_config
+        chosen = engine.attention_config.backend if spelling == "dotted" else engine.attention_backend
+        assert chosen in (AttentionBackendEnum["RC_TOPK"], flags[1]), (spelling, chosen)
+
+
+def check_the_configuration_parses_the_name() -> None:
+    from vllm.config import AttentionConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum["RC_TOPK"]
+    assert AttentionConfig(backend="rc_topk").backend is member
+    assert AttentionConfig(backend=member).backend is member
+    assert engine_config().attention_config.backend is member
+    assert engine_config().additional_config == OPTIONS
+
+
+def check_pickles_into_a_fresh_interpreter() -> None:
+    """Before plugins are loaded there: as in spawned workers (pickle) and Ray actors (cloudpickle)."""
+    import cloudpickle
+
+    code = (
+        "import pickle, sys; config = pickle.load(sys.stdin.buffer);"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
+        "member = config.attention_config.backend; assert member is E['RC_TOPK'];"
+        "print(member.name, config.additional_config['rc_topk']['budget'])"
+    )
+    for library in (pickle, cloudpickle):
+        assert in_fresh_interpreter(code, library.dumps(engine_config())) == "RC_TOPK 256"
+
+
+def check_copies_are_the_same_member() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum["RC_TOPK"]
+    assert copy.copy(member) is member
+    assert copy.deepcopy(engine_config().attention_config).backend is member
+    assert pickle.loads(pickle.dumps(member)) is member
+
+
+def check_crosses_spawn_and_fork() -> None:
+    import multiprocessing
+
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    for method in ("spawn", "fork"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            name, value = pool.apply(name_and_value, (AttentionBackendEnum["RC_TOPK"],))
+        assert (name, value) == ("RC_TOPK", AttentionBackendEnum["RC_TOPK"].value)
+
+
+def name_and_value(member: Any) -> tuple[str, str]:
+    """Runs in the child process."""
+    return member.name, member.value
+
+
+def check_vllm_chooses_the_backend() -> None:
+    for layer in layers().values():
+        assert layer.attn_backend is backend()
+        assert layer.attn_backend.get_name() == "RC_TOPK"
+        assert isinstance(layer.impl, backend().get_impl_cls())
+
+
+def check_overrides_accept_what_vllm_passes() -> None:
+    """Every method that overrides one of this vLLM's takes all its parameters, and requires no other."""
+    compared = 0
+    for final in (backend(), backend().get_builder_cls(), backend().get_impl_cls()):
+        for cls in final.__mro__:
+            if not cls.__module__.startswith("vllm_rc_backend"):
+                continue
+            for name, attribute in vars(cls).items():
+                theirs = next(
+                    (
+                        vars(c)[name]
+                        for c in final.__mro__
+                        if c.__module__.startswith("vllm.") and name in vars(c)
+                    ),
+                    None,
+                )
+                if theirs is None or not callable(getattr(final, name)) or isinstance(attribute, type):
+                    continue
+                accepts(unwrapped(attribute), unwrapped(theirs), f"{cls.__name__}.{name}")
+                compared += 1
+    assert compared > 15, compared
+
+
+def unwrapped(attribute: Any) -> Callable[..., Any]:
+    """The function of a class or static method."""
+    return getattr(attribute, "__func__", attribute)
+
+
+def accepts(ours: Callable[..., Any], theirs: Callable[..., Any], name: str) -> None:
+    """Raise unless ``ours`` can be called wherever ``theirs`` is."""
+    mine, other = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+    variadic = any(p.kind is p.VAR_KEYWORD for p in mine.values())
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    missing = [p for p, value in other.items() if p not in mine and value.kind not in kinds]
+    assert variadic or not missing, f"{name} lacks {missing}"
+    required = [p for p, v in mine.items() if v.default is v.empty and v.kind not in kinds and p not in other]
+    anything = any(p.kind in kinds for p in other.values())
+    assert anything or not required, f"{name} requires {required}"
+
+
+def check_a_valid_configuration_has_no_reasons_against_it() -> None:
+    assert reasons_against() == []
+
+
+def check_refusals_name_their_reason() -> None:
+    for change in (
+        {"use_mla": True},
+        {"has_sink": True},
+        {"attn_type": "encoder_only"},
+        {"attn_type": "encoder_decoder"},
+        {"head_size": 100},
+        {"use_kv_connector": True},
+        {"kv_cache_dtype": "int4"},
+    ):
+        assert reasons_against(**change), change
+
+
+def reasons_against(**change: Any) -> list[str]:
+    """What vLLM's own check says about a layer of this backend."""
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    values = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 16}
+    selector = AttentionSelectorConfig(**{**values, **change})
+    capability = current_platform.get_device_capability() if PLATFORM == "cuda" else None
+    return backend().validate_configuration(device_capability=capability, **selector._asdict())
+
+
+def check_unsafe_features_are_refused() -> None:
+    """Each by the field that this vLLM has for it: a renamed field fails here instead of passing silently."""
+    from vllm_rc_backend.compat import UnsupportedError, check_engine
+
+    config = engine_config()
+    check_engine(config)
+    connector = type("Transfer", (), {"kv_connector": "SomeConnector"})()
+    for section, name, value, flag in (
+        (config, "speculative_config", object(), "--speculative-config"),
+        (config, "kv_transfer_config", connector, "--kv-transfer-config"),
+        (config.parallel_config, "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+        (config.parallel_config, "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+        (config.parallel_config, "enable_dbo", True, "--enable-dbo"),
+        (config.cache_config, "kv_offloading_size", 1.0, "--kv-offloading-size"),
+        (config.cache_config, "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+    ):
+        with changed(section, name, value), pytest.raises(UnsupportedError, match=flag):
+            check_engine(config)
+
+
+@contextlib.contextmanager
+def changed(section: Any, name: str, value: Any) -> Iterator[None]:
+    """Set a field that exists, past pydantic's validation, for a while."""
+    before = getattr(section, name)
+    object.__setattr__(section, name, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(section, name, before)
+
+
+def check_kv_cache_planning() -> None:
+    """vLLM plans a pool for layers of this backend, of the block size and the bytes that the side store assumes."""
+    from vllm_rc_backend import compat
+
+    try:
+        from vllm.v1.core import kv_cache_planning as planning  # 0.33
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as planning
+
+    config, memory = engine_config(), 2**28
+    specs = {name: layer.get_kv_cache_spec(config) for name, layer in layers().items()}
+    with contextlib.suppress(ImportError):  # 0.32: one layout for the whole model
+        from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+
+        names = [layout.name for layout in get_supported_kv_cache_layouts([backend()])]
+        resolve_kv_cache_layout(config, [names], list(specs.values()))
+    groups = planning.get_kv_cache_groups(config, specs)
+    arguments = {
+        "vllm_config": config,
+        "kv_cache_specs": [specs],
+        "available_memory": [memory],
+        "global_kv_cache_groups": groups,
+    }
+    wanted = inspect.signature(planning.get_kv_cache_configs).parameters
+    (plan,) = planning.get_kv_cache_configs(**{k: v for k, v in arguments.items() if k in wanted})
+
+    assert sorted(plan.kv_cache_groups[0].layer_names) == sorted(layers())
+    block_size = plan.kv_cache_groups[0].kv_cache_spec.block_size
+    assert block_size == config.cache_config.block_size
+    assert block_size % 16 == 0, "pages of 16 tokens divide the block"
+    block_bytes = compat.pool_block_bytes(config)
+    assert block_bytes == 2 * block_size * 2 * 64 * 2 * 2  # layers, tokens, heads, head size, K and V, bytes
+    assert plan.num_blocks == memory // block_bytes
+
+
+def check_layers_are_found() -> None:
+    from vllm_rc_backend import compat
+
+    names = list(layers())
+    assert list(compat.attention_layers(engine_config())) == names
+    assert [compat.layer_index(name) for name in names] == [0, 1]
+
+
+CHECKS = {
+    name.removeprefix("check_"): function
+    for name, function in list(globals().items())
+    if name.startswith("check_")
+}
+
+
+def main() -> None:
+    """Run all checks."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    results = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
