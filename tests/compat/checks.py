@@ -250,7 +250,8 @@ def accepts(ours: Callable[..., Any], theirs: Callable[..., Any], name: str) -> 
 
 
 def check_a_valid_configuration_has_no_reasons_against_it() -> None:
-    assert reasons_against() == []
+    reasons = reasons_against()
+    assert reasons == [], reasons
 
 
 def check_refusals_name_their_reason() -> None:
@@ -272,7 +273,8 @@ def reasons_against(**change: Any) -> list[str]:
     from vllm.platforms import current_platform
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    values = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 16}
+    block_size = 16 if PLATFORM == "cuda" else 128
+    values = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": block_size}
     selector = AttentionSelectorConfig(**{**values, **change})
     capability = current_platform.get_device_capability() if PLATFORM == "cuda" else None
     return backend().validate_configuration(device_capability=capability, **selector._asdict())
