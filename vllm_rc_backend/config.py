@@ -50,7 +50,7 @@ class RCTopKConfig:
         "First tokens of the sequence, always read exactly.",
     )
     tail_tokens: int = _option(
-        64,
+        16,
         "an integer from 1 up",
         "Last tokens of the sequence, always read exactly. The unfinished page is always part of the tail, which "
         "therefore holds between tail_tokens and tail_tokens + page_size - 1 tokens.",

@@ -81,7 +81,7 @@ def test_options_that_are_no_object() -> None:
 def test_budget_below_anchors_and_one_page() -> None:
     smallest = RCTopKConfig().smallest_budget
     assert RCTopKConfig(budget=smallest).budget == smallest
-    with pytest.raises(OptionError, match=f"allowed: {smallest} or more with sink_tokens=16, tail_tokens=64"):
+    with pytest.raises(OptionError, match=f"allowed: {smallest} or more with sink_tokens=16, tail_tokens=16"):
         RCTopKConfig(budget=smallest - 1)
 
 

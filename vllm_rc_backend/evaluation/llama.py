@@ -156,15 +156,15 @@ def _rope_frequencies(config: dict[str, Any], head_size: int) -> Tensor:
     options = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(options.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = options.get("rope_type", options.get("type", "default"))
-    frequencies = torch.tensor(theta) ** -(torch.arange(0, head_size, 2).float() / head_size)
+    frequencies = torch.exp(torch.arange(0, head_size, 2).float() * (-math.log(theta) / head_size))
     if kind == "default":
         return frequencies
     if kind == "linear":
         return frequencies / float(options["factor"])
     if kind == "llama3":
-        turns = options["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = options["low_freq_factor"], options["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        turns = frequencies * (float(options["original_max_position_embeddings"]) / (2 * math.pi))
+        low, high = float(options["low_freq_factor"]), float(options["high_freq_factor"])
+        keep: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
         return frequencies * (keep + (1 - keep) / float(options["factor"]))
     raise ValueError(f"config.json: rope type {kind!r} is not default, linear or llama3")
 

@@ -47,15 +47,16 @@ class Run:
 
     Attributes:
         first, last: the positions ``[first, last)``, as offsets into the window.
+        query: float32 ``[rows, batch, heads, group, d]``, scaled.
         scores: float32 ``[rows, batch, heads, group, tokens]`` of the tokens that were read, -inf beyond a position.
-        retrieved: pages ``[rows, batch, heads, count]`` of the sequence.
+        output: like the query.
+        share: the residual's share of the softmax mass, ``[rows, batch, heads, group]``.
     """
 
     first: int
     last: int
     query: Tensor
     scores: Tensor
-    pages: Tensor
     output: Tensor
     share: Tensor
 
@@ -134,7 +135,7 @@ def sparse_window(
         out, share = complete_softmax(scores, run_values, residual)
         output[:, first:last] = out.transpose(0, 1)
         if probe is not None:
-            probe(Run(first, last, rows, scores, pages, out, share))
+            probe(Run(first, last, rows, scores, out, share))
     return output
 
 

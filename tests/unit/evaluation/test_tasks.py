@@ -1,0 +1,78 @@
+"""Generated tasks: exact length, true answers, the same from the same seed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from vllm_rc_backend.evaluation.tasks import FORMATS, TASKS, make_prompts
+from vllm_rc_backend.evaluation.text import Corpus, text_files
+
+ROOT = Path(__file__).parents[3]
+LENGTH = 700
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return Corpus(ROOT / "examples" / "model", text_files(ROOT / "vllm_rc_backend"))
+
+
+@pytest.mark.parametrize("wording", sorted(FORMATS))
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_length_and_answer(corpus: Corpus, task: str, wording: str) -> None:
+    for prompt in make_prompts(task, corpus, wording, LENGTH, 3, seed=1):
+        assert len(prompt.tokens) == len(prompt.answer) == LENGTH
+        assert prompt.tokens[: len(corpus.bos)] == corpus.bos
+        assert prompt.answer[-1]
+        assert not prompt.answer[: LENGTH - prompt.answer_window].count(True)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_the_same_seed_gives_the_same_prompts(corpus: Corpus, task: str) -> None:
+    assert make_prompts(task, corpus, "comments", LENGTH, 2, 5) == make_prompts(
+        task, corpus, "comments", LENGTH, 2, 5
+    )
+    assert make_prompts(task, corpus, "comments", LENGTH, 2, 5) != make_prompts(
+        task, corpus, "comments", LENGTH, 2, 6
+    )
+
+
+def text_and_answer(corpus: Corpus, task: str) -> tuple[str, str]:
+    prompt = make_prompts(task, corpus, "comments", 1500, 1, seed=3)[0]
+    decode = corpus.tokenizer.decode
+    end = len(prompt.tokens) - prompt.answer_window
+    return decode(prompt.tokens[:end]), decode(prompt.tokens[end:])
+
+
+def test_needles_are_in_the_text(corpus: Corpus) -> None:
+    text, answer = text_and_answer(corpus, "multi_key")
+    key = re.search(r"What is the magic number for (.*)\?$", text)
+    assert key
+    assert re.findall(rf"magic number for {key[1]} is (\d+)\.", text) == [answer.strip()]
+
+
+def test_values_are_asked_in_order(corpus: Corpus) -> None:
+    text, answer = text_and_answer(corpus, "multi_value")
+    key = re.search(r"What is the magic number for (.*)\?$", text)
+    assert key
+    assert re.findall(rf"magic number for {key[1]} is (\d+)\.", text) == answer.split()
+
+
+def test_chains_hold(corpus: Corpus) -> None:
+    text, answer = text_and_answer(corpus, "variable_tracking")
+    value = re.search(r"Variables with value (\d+):$", text)
+    assert value
+    known: dict[str, str] = {}
+    for name, source in re.findall(r"# VAR (\w+) = (?:VAR )?(\w+)\n", text):
+        known[name] = known.get(source, source)
+    assert [name for name, v in known.items() if v == value[1]] == answer.split()
+
+
+@pytest.mark.parametrize(("task", "top"), [("common_words", 3), ("frequent_words", 2)])
+def test_the_answer_is_the_most_frequent_words(corpus: Corpus, task: str, top: int) -> None:
+    text, answer = text_and_answer(corpus, task)
+    counts = Counter(word for line in re.findall(r"# words: (.*)\n", text) for word in line.split())
+    assert [word for word, _ in counts.most_common(top)] == answer.split()

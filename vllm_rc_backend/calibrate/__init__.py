@@ -1,0 +1,1 @@
+"""``rc-topk calibrate``: learns the feature maps of ``completion=features`` from text that the user supplies."""

@@ -1,0 +1,201 @@
+"""Which settings are measured, in which order, and what is kept of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_rc_backend.completion import Completion, make_completion
+from vllm_rc_backend.completion.features import Features
+from vllm_rc_backend.config import RCTopKConfig
+from vllm_rc_backend.evaluation.measure import Estimate, Result
+from vllm_rc_backend.evaluation.sparse import Setting
+from vllm_rc_backend.evaluation.tasks import HELD_OUT
+from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.selection import make_policy
+from vllm_rc_backend.side_store import StoreLayout
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A page score as the options of an engine would have it; written ``name[:weight][@bits][/page_size]``."""
+
+    name: str
+    weight: float | None = None
+    bits: int | None = None
+    page_size: int = 16
+
+    @classmethod
+    def parse(cls, text: str) -> Selection:
+        """From its written form, such as ``box:1@8/32``."""
+        rest, _, page = text.partition("/")
+        rest, _, bits = rest.partition("@")
+        name, _, weight = rest.partition(":")
+        selection = cls(
+            name, float(weight) if weight else None, int(bits) if bits else None, int(page) if page else 16
+        )
+        selection.options(budget=0.5)  # refuses what an engine would refuse
+        return selection
+
+    def options(self, **others: Any) -> RCTopKConfig:
+        """The engine's options."""
+        sink = -(-RCTopKConfig.sink_tokens // self.page_size) * self.page_size
+        return RCTopKConfig(
+            selection=self.name,
+            selection_weight=self.weight,
+            statistics_bits=self.bits,
+            page_size=self.page_size,
+            sink_tokens=sink,
+            **{"completion": "none", **others},
+        )
+
+    def __str__(self) -> str:
+        weight = "" if self.weight is None else f":{self.weight:g}"
+        bits = "" if self.bits is None else f"@{self.bits}"
+        return f"{self.name}{weight}{bits}" + ("" if self.page_size == 16 else f"/{self.page_size}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be measured. ``budget`` is the share of the context that is read exactly, anchors included."""
+
+    context: int
+    task: str
+    budget: float
+    selection: str
+    completion: str
+
+
+def cases(
+    context: int,
+    task: str,
+    budgets: Iterable[float],
+    selections: Iterable[str],
+    completions: Iterable[str],
+) -> Iterator[Case]:
+    """All rows of one task and context, dense first."""
+    yield Case(context, task, 1.0, DENSE, DENSE)
+    for budget in budgets:
+        for selection in selections:
+            for completion in completions:
+                yield Case(context, task, budget, selection, completion)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a setting needs to know about the model."""
+
+    layers: int
+    heads: int
+    head_size: int
+    features: list[Features] | None
+
+    def completions(self, name: str) -> list[Completion]:
+        """One per layer."""
+        if name == "features":
+            assert self.features is not None
+            return list(self.features)
+        return [make_completion(name)] * self.layers
+
+    def settings(self, case: Case) -> list[Setting]:
+        """One setting per layer."""
+        selection = Selection.parse(case.selection)
+        options = selection.options(budget=int(case.context * case.budget))
+        geometry = Geometry(
+            options.page_size,
+            options.page_size,
+            options.sink_tokens,
+            options.tail_tokens,
+            options.budget,
+            options.dense_threshold,
+        )
+        policy = make_policy(selection.name, selection.weight)
+        return [
+            Setting(geometry, policy, options.group_rule, completion, options.stored_bits)
+            for completion in self.completions(case.completion)
+        ]
+
+    def reads(self, case: Case) -> dict[str, float]:
+        """Token-equivalents that one query reads, by kind, K and V at 16 bits."""
+        if case.selection == DENSE:
+            return {"tokens": float(case.context), "statistics": 0.0, "summary": 0.0}
+        setting = self.settings(case)[0]
+        layout = StoreLayout(
+            heads=self.heads,
+            head_size=self.head_size,
+            kv_bytes=2,
+            slots=1,
+            statistics_bits=setting.statistics_bits,
+            geometry=setting.geometry,
+            policy=setting.policy,
+            completion=setting.completion,
+        )
+        return layout.token_equivalents(case.context)
+
+
+def row(model: str, case: Case, result: Result, reads: dict[str, float]) -> dict[str, Any]:
+    """What is written of one case. ``score`` is the exact match of the answers, for plain text the share of tokens."""
+    score = result.accuracy if case.task == HELD_OUT else result.exact
+
+    def interval(estimate: Estimate) -> list[float]:
+        return [round(estimate.low, 5), round(estimate.high, 5)]
+
+    return {
+        "model": model,
+        **asdict(case),
+        "kl": round(result.kl.mean, 5),
+        "kl_interval": interval(result.kl),
+        "score": round(score.mean, 4),
+        "score_interval": interval(score),
+        "loss": round(result.loss.mean, 5),
+        "loss_interval": interval(result.loss),
+        "token_equivalents": round(sum(reads.values()), 1),
+        "reads": {kind: round(tokens, 1) for kind, tokens in reads.items()},
+        "n": result.samples,
+        "positions": result.positions,
+    }
+
+
+def published(entry: dict[str, Any]) -> dict[str, Any]:
+    """A row with what is shipped marked: its completion is called ``default``, its estimator keeps the name."""
+    completion = "default" if entry["completion"] == RCTopKConfig.completion else entry["completion"]
+    marks = {
+        "default_selection": entry["selection"] == RCTopKConfig.selection,
+        "estimator": entry["completion"],
+    }
+    return {**entry, **marks, "completion": completion}
+
+
+class Journal:
+    """Finished rows, one JSON line each, so that a run that was stopped goes on where it was."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """``header`` says what the rows depend on; a journal with another header is refused."""
+        self.path = path
+        self.rows: dict[Case, dict[str, Any]] = {}
+        if not path.exists():
+            path.write_text(json.dumps(header) + "\n")
+            return
+        first, *lines = path.read_text().splitlines()
+        if json.loads(first) != json.loads(json.dumps(header)):
+            raise ValueError(
+                f"{path} was made with other arguments ({first}); delete it or choose another --out"
+            )
+        for line in lines:
+            entry = json.loads(line)
+            self.rows[_case(entry)] = entry
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Keep a row."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.rows[_case(entry)] = entry
+
+
+def _case(entry: dict[str, Any]) -> Case:
+    return replace(Case(0, "", 0.0, "", ""), **{name: entry[name] for name in Case.__dataclass_fields__})

@@ -1,0 +1,104 @@
+"""One row of the table: a task, a context, a setting, and how far it is from dense attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.evaluation.llama import Attention, Llama
+from vllm_rc_backend.evaluation.samples import Samples, predict
+from vllm_rc_backend.evaluation.sparse import Setting, sparse_window
+
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over samples and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_means(cls, values: Tensor, weights: Tensor) -> Estimate:
+        """Weighted mean of one value per sample; the interval is the ratio estimator's over samples, normal.
+
+        Positions of one passage depend on each other, so samples, not positions, are what is independent.
+        """
+        n, mean = len(values), float((values * weights).sum() / weights.sum())
+        if n < 2:
+            return cls(mean, math.nan, math.nan)
+        spread = weights * (values - mean) / weights.mean()
+        half = Z95 * float(spread.square().sum().sqrt()) / math.sqrt(n * (n - 1))
+        return cls(mean, mean - half, mean + half)
+
+    @classmethod
+    def of_share(cls, hits: int, n: int) -> Estimate:
+        """A share of n trials, with Wilson's interval."""
+        share, z2 = hits / n, Z95**2 / n
+        centre = (share + z2 / 2) / (1 + z2)
+        half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
+        return cls(share, centre - half, centre + half)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run over the samples gave.
+
+    Attributes:
+        kl: KL(dense || sparse) of the next token's distribution, nats, over the counted positions.
+        loss: cross-entropy of the true tokens, nats, over the counted positions.
+        exact: share of samples whose counted tokens are all the most likely ones (an exact match of the answer).
+        accuracy: share of counted tokens that are the most likely ones.
+        samples, positions: how many.
+    """
+
+    kl: Estimate
+    loss: Estimate
+    exact: Estimate
+    accuracy: Estimate
+    samples: int
+    positions: int
+
+
+def measure(model: Llama, samples: Samples, settings: Sequence[Setting] | None) -> Result:
+    """Decode the samples' windows with one setting per layer; None: the dense run itself."""
+    kl, loss, hits, counts = [], [], [], []
+    for cache, window, counted, dense in zip(
+        samples.caches, samples.windows, samples.counted, samples.dense, strict=True
+    ):
+        log_p = dense if settings is None else predict(model, cache, window, sparse_attention(settings))
+        targets = window[:, 1:]
+        kl.append(_per_sample((dense.exp() * (dense - log_p)).sum(dim=-1), counted))
+        loss.append(_per_sample(-log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), counted))
+        hits.append(_per_sample((log_p.argmax(dim=-1) == targets).float(), counted))
+        counts.append(counted.sum(dim=1).float())
+    weights, hit = torch.cat(counts).cpu(), torch.cat(hits).cpu()
+    return Result(
+        kl=Estimate.of_means(torch.cat(kl).cpu(), weights),
+        loss=Estimate.of_means(torch.cat(loss).cpu(), weights),
+        exact=Estimate.of_share(int((hit == 1).sum()), len(hit)),
+        accuracy=Estimate.of_means(hit, weights),
+        samples=len(hit),
+        positions=int(weights.sum()),
+    )
+
+
+def sparse_attention(settings: Sequence[Setting]) -> Attention:
+    """The model's attention, layer by layer as set."""
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
+        return sparse_window(query, keys, values, settings[layer])
+
+    return attend
+
+
+def _per_sample(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of the counted positions of each sample."""
+    return (values * counted).sum(dim=1) / counted.sum(dim=1)
