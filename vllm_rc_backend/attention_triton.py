@@ -82,15 +82,15 @@ class Tuning:
     """Launch parameters, measured on an H200 (docs/performance.md)."""
 
     processors: int = 132
-    score_bytes: int = 16384  # statistics in flight per buffer
+    score_bytes: int = 8192  # statistics in flight per buffer
     score_warps: int = 4
     score_stages: int = 3
-    score_programs: int = 3  # per multiprocessor
+    score_programs: int = 5  # per multiprocessor
     decode_elements: int = 8192  # of K, and as many of V, at a time
     decode_warps: int = 4
     decode_stages: int = 2
-    decode_programs: int = 2  # per multiprocessor
-    most_splits: int = 32
+    decode_programs: int = 3  # per multiprocessor
+    most_splits: int = 16
     merge_elements: int = 8192  # of partial results at a time
     update_columns: int = 32
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
@@ -112,7 +112,6 @@ class Workspace:
         statistics_bits: int,
         tuning: Tuning | None = None,
     ) -> None:
-        code_bytes = statistics_bits // 8
         self.shape = shape
         self.tuning = tuning = tuning or Tuning()
         self.max_rows = max_rows
@@ -122,7 +121,7 @@ class Workspace:
             and torch.device(device).type == "cuda"
             and torch.cuda.get_device_capability(device) >= (9, 0)
         )
-        self.score_tile = max(32, min(tuning.score_bytes // (shape.block_d * code_bytes), 128))
+        self.score_tile = max(32, min(tuning.score_bytes * 8 // (shape.block_d * statistics_bits), 128))
         self.decode_tile = max(16, min(tuning.decode_elements // shape.block_d, 128))
         self.merge_splits = max(1, min(tuning.merge_elements // (shape.merge_rows * shape.block_d), 16))
         self.max_pages = max(max_model_len // geometry.page_size, 1)
@@ -159,7 +158,8 @@ class Workspace:
     def score_splits(self, rows: int) -> int:
         """Programs that score the pages of one (row, head)."""
         tuning = self.tuning
-        wanted = -(-tuning.processors * tuning.score_programs // (rows * self.shape.heads))
+        # As many as find room at the same time: a second wave would leave most of the GPU idle at its end.
+        wanted = tuning.processors * tuning.score_programs // (rows * self.shape.heads)
         return max(1, min(wanted, -(-self.max_pages // self.score_tile)))
 
     def decode_splits(self, rows: int) -> int:
@@ -349,9 +349,9 @@ class TritonAttention:
             TILE=work.score_tile,
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
+            STAGES=tuning.score_stages,
             OVERLAP=work.overlap,
             num_warps=tuning.score_warps,
-            num_stages=tuning.score_stages,
             launch_pdl=work.overlap,
         )
 
@@ -391,7 +391,6 @@ class TritonAttention:
             work.max_selected,
             S=self.shape,
             TILE=work.decode_tile,
-            SPLITS=next_power_of_2(tuning.most_splits),
             MERGE=work.merge_splits,
             OVERLAP=work.overlap,
             num_warps=tuning.decode_warps,

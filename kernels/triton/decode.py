@@ -83,19 +83,17 @@ def _attend(
     total = tl.zeros([M], tl.float32)
     scores_sum = tl.zeros([M], tl.float32)
     out = tl.zeros([M, D], tl.float32)
-    # The next tile's addresses are looked up while this one is computed.
-    rows = _rows(block_table, selected, begin, end, n_retrieved, resume, stride_block, stride_token, g, TILE)
     for start in range(begin, end, TILE):
         j = start + tl.arange(0, TILE)
         real = j < end
         retrieved = j < n_retrieved
+        rows = _rows(
+            block_table, selected, start, end, n_retrieved, resume, stride_block, stride_token, g, TILE
+        )
         at = kv + rows[:, None] + cols[None, :]
         mask = real[:, None] & real_cols
         keys = as_operand(tl.load(at, mask=mask, other=0.0))
         values = as_operand(tl.load(at + S.head_size, mask=mask, other=0.0))
-        rows = _rows(
-            block_table, selected, start + TILE, end, n_retrieved, resume, stride_block, stride_token, g, TILE
-        )
         scores = dot(q, tl.trans(keys.to(q.dtype)), tl.zeros([M, TILE], tl.float32)) * scale
         if S.completion != "none":
             scores_sum += tl.sum(tl.where((retrieved & real)[None, :], scores, 0.0), 1)
@@ -138,7 +136,6 @@ def decode_kernel(
     max_selected,
     S: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     MERGE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -238,15 +235,14 @@ def decode_kernel(
                 head,
                 most_splits,
                 S,
-                SPLITS,
                 MERGE,
             )
             if head == 0:
-                tl.atomic_add(counters + tl.where(sparse, 0, 1), (seq_len > 0).to(tl.int64))
-                tl.atomic_add(counters + 3, seq_len.to(tl.int64))
-                tl.atomic_add(counters + 4, n_read.to(tl.int64))
+                tl.atomic_add(counters + tl.where(sparse, 0, 1), (seq_len > 0).to(tl.int64), sem="relaxed")
+                tl.atomic_add(counters + 3, seq_len.to(tl.int64), sem="relaxed")
+                tl.atomic_add(counters + 4, n_read.to(tl.int64), sem="relaxed")
                 if S.completion != "none":
-                    tl.atomic_add(counters + 2, (sparse & (slot < 0)).to(tl.int64))
+                    tl.atomic_add(counters + 2, (sparse & (slot < 0)).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -263,7 +259,6 @@ def _merge(
     head,
     most_splits,
     S: tl.constexpr,
-    SPLITS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     """Add up the partials of one (row, head), the residual's among them, and divide."""
@@ -274,32 +269,30 @@ def _merge(
     counted = heads <= S.group
     kept = counted[:, None] & (cols < S.head_size)[None, :]
     tile_at = heads[:, None] * D + cols[None, :]
-    # All statistics at once, then the outputs MERGE splits at a time: each load is a trip to the second-level cache.
-    split = tl.arange(0, SPLITS)[:, None]
-    at = partial_stats + split * 3 * M + heads[None, :]
-    some = (split < splits) & counted[None, :]
-    m_all = tl.load(at, mask=some, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(at + M, mask=some, other=0.0, cache_modifier=".cg")
-    scores_sum = tl.sum(tl.load(at + 2 * M, mask=some, other=0.0, cache_modifier=".cg"), 0)
-    m = tl.max(m_all, 0)
-    total = tl.sum(tl.exp2(m_all - _finite(m)[None, :]) * sums, 0)
+    m = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    scores_sum = tl.zeros([M], tl.float32)
     o = tl.zeros([M, D], tl.float32)
     for start in range(0, splits, MERGE):
-        part = start + tl.arange(0, MERGE)
-        real = (part < splits)[:, None]
-        m_part = tl.load(
-            partial_stats + part[:, None] * 3 * M + heads[None, :],
-            mask=real & counted[None, :],
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )
-        outs = tl.load(
-            partial_out + part[:, None, None] * M * D + tile_at[None, :, :],
-            mask=real[:, :, None] & kept[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        o += tl.sum(tl.exp2(m_part - _finite(m)[None, :])[:, :, None] * outs, 0)
+        # Unrolled, so that many loads are under way at once: each is a trip to the second-level cache.
+        for i in tl.static_range(MERGE):
+            split = start + i
+            there = heads <= tl.where(split < splits, S.group, -1)
+            at = partial_stats + split * 3 * M + heads
+            m_part = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            total_part = tl.load(at + M, mask=there, other=0.0, cache_modifier=".cg")
+            scores_sum += tl.load(at + 2 * M, mask=there, other=0.0, cache_modifier=".cg")
+            o_part = tl.load(
+                partial_out + split * M * D + tile_at,
+                mask=there[:, None] & (cols < S.head_size)[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_m = tl.maximum(m, m_part)
+            decay, weight = tl.exp2(m - _finite(new_m)), tl.exp2(m_part - _finite(new_m))
+            total = total * decay + total_part * weight
+            o = o * decay[:, None] + o_part * weight[:, None]
+            m = new_m
     if S.completion == "linear":
         if slot >= 0:
             rows = tl.load(
@@ -308,8 +301,7 @@ def _merge(
             q_K1 = tl.load(
                 partial_stats + most_splits * 3 * M + heads, mask=counted, other=0.0, cache_modifier=".cg"
             )
-            values_sum = tl.sum(tl.where((heads == S.group)[:, None], o, 0.0), 0)
-            log_mass, value = residual(rows, q_K1, scores_sum, values_sum, n_mid, n_retrieved, S)
+            log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
             M_all = tl.maximum(m, log_mass)
             D_U = tl.exp2(log_mass - M_all)
             shrink = tl.exp2(m - M_all)
@@ -317,7 +309,7 @@ def _merge(
             o = o * shrink[:, None] + D_U[:, None] * value
             if head == 0:
                 share = tl.sum(tl.where(heads < S.group, D_U / total, 0.0), 0) / S.group
-                tl.atomic_add(counters + 6, (share * 1e6).to(tl.int64))
+                tl.atomic_add(counters + 6, (share * 1e6).to(tl.int64), sem="relaxed")
     o = o / tl.where(total == 0.0, 1.0, total)[:, None]  # a padding row has read nothing: zeros
     tl.store(
         out + heads[:, None] * stride_out_head + cols[None, :],

@@ -67,17 +67,17 @@ def tilt(query, stride_query_head, state, n, scale, S: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
-def residual(tilt_rows, q_K1, retrieved_scores, retrieved_values, n, n_retrieved, S: tl.constexpr):
+def residual(tilt_rows, q_K1, retrieved_scores, retrieved_out, n, n_retrieved, S: tl.constexpr):
     """Log-mass (base 2) and mean value of what was not read.
 
     Args:
         tilt_rows, q_K1: from ``tilt``, the first ``merge_rows`` rows.
         retrieved_scores: ``[merge_rows]``, sum of the retrieved tokens' scores in base 2.
-        retrieved_values: ``[block_d]``, sum of their values.
+        retrieved_out: ``[merge_rows, block_d]``, the sum of their values in row ``group``.
         n, n_retrieved: tokens of the mid region, and of them retrieved (fewer).
     """
     heads = tl.arange(0, S.merge_rows)
     n_U = (n - n_retrieved).to(tl.float32)
-    V1 = tl.sum(tl.where((heads == S.group)[:, None], tilt_rows, 0.0), 0)
+    values = tl.sum(tl.where((heads == S.group)[:, None], tilt_rows - retrieved_out, 0.0), 0)
     log_mass = tl.log2(n_U) + (q_K1 - retrieved_scores) / n_U
-    return log_mass, tilt_rows + ((V1 - retrieved_values) / n_U)[None, :]
+    return log_mass, tilt_rows + (values / n_U)[None, :]

@@ -49,7 +49,7 @@ def _planes(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _products(codes, scales, index, high, low, factor, mask, S: tl.constexpr):
+def _products(codes, index, unit, high, low, factor, mask, S: tl.constexpr):
     """Dot products of one statistic of some pages with the query heads: float32 ``[pages, n]``."""
     cols = tl.arange(0, S.block_d)
     x = tl.load(
@@ -61,7 +61,6 @@ def _products(codes, scales, index, high, low, factor, mask, S: tl.constexpr):
         sums = tl.dot(x, tl.trans(high), out_dtype=tl.int32) * 128 + tl.dot(
             x, tl.trans(low), out_dtype=tl.int32
         )
-        unit = tl.load(scales + index, mask=mask, other=0.0).to(tl.float32)
         result = sums.to(tl.float32) * unit[:, None] * factor[None, :]
     else:
         result = tl.zeros([index.shape[0], high.shape[0]], tl.float32)
@@ -70,18 +69,29 @@ def _products(codes, scales, index, high, low, factor, mask, S: tl.constexpr):
 
 
 @triton.jit
-def _place(index, x, real, t, ties, base, out, table, FINAL: tl.constexpr, S: tl.constexpr):
+def _units(scales, index, mask, S: tl.constexpr):
+    """The factors of a page's int8 vectors: float32 ``[pages]`` twice (the same one twice if there is one)."""
+    if S.vectors == 2:
+        # Neighbours in memory: one load of 32 bits, which can go to shared memory asynchronously.
+        both = tl.load((scales + index).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+        first = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = ((both >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        first = tl.load(scales + index, mask=mask, other=0.0).to(tl.float32)
+        second = first
+    return first, second
+
+
+@triton.jit
+def _place(what, x, real, t, ties, base, out):
     """Write what is above t, and the first ``ties`` keys equal to it, to ``out`` from ``base`` on.
 
-    Positions as they are, or if FINAL the physical ids of those pages. Returns the numbers written and of ties used.
+    Returns how many keys up to each are above t, and how many equal it.
     """
-    g: tl.constexpr = S.geometry
     above, equal = running_counts(x, t)
     place = base + above + tl.minimum(equal, ties) - 1
     take = real & ((x > t) | ((x == t) & (equal <= ties)))
-    if FINAL:
-        index = page_of(table, index + g.sink_pages, take, g)
-    tl.store(out + place, index, mask=take)
+    tl.store(out + place, what, mask=take)
     return above, equal
 
 
@@ -102,21 +112,31 @@ def _top(
     FINAL: tl.constexpr,
     S: tl.constexpr,
 ):
-    """The k largest of n keys, in order of position. Returns bounds of the keys that may still be among the k best."""
+    """The k largest of n keys in order of position, to ``out``: positions, or if FINAL the physical ids of those pages.
+
+    Returns bounds of the keys that may still be among the k best.
+    """
+    g: tl.constexpr = S.geometry
     if SINGLE:
         index, x, real = load_keys(keys, groups, 0, n, limit, GROUP, BLOCK)
+        if FINAL:
+            index = page_of(
+                table, index + g.sink_pages, real, g
+            )  # before the search, which hides its latency
         if not FINAL or GROUP == 1:
             low = tl.min(tl.where(real, x, HIGHEST), 0)
             high = tl.max(x, 0) + 1
         t = threshold(x, k, low, high)
         ties = k - tl.sum((x > t).to(tl.int32), 0)
-        _place(index, x, real, t, ties, 0, out, table, FINAL, S)
+        _place(index, x, real, t, ties, 0, out)
     else:
         t, all_above = threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP, BLOCK)
         ties, base = k - all_above, 0
         for start in range(0, n, BLOCK):
             index, x, real = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
-            above, equal = _place(index, x, real, t, ties, base, out, table, FINAL, S)
+            if FINAL:
+                index = page_of(table, index + g.sink_pages, real, g)
+            above, equal = _place(index, x, real, t, ties, base, out)
             used = tl.minimum(tl.max(equal, 0), ties)
             base += tl.max(above, 0) + used
             ties -= used
@@ -182,6 +202,7 @@ def select_kernel(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. Rows that are
@@ -228,14 +249,18 @@ def select_kernel(
                 mapped = q * q
             high2, low2, factor2 = _planes(mapped * S.spread_weight, codes.dtype.element_ty)
 
-        for tile in range(split, tl.cdiv(pages, TILE), splits):
+        # num_stages on the loop: also the loads that feed no matrix product are issued ahead.
+        for tile in tl.range(split, tl.cdiv(pages, TILE), splits, num_stages=STAGES):
             i = tile * TILE + tl.arange(0, TILE)
             real = i < pages
             page = page_of(block_table, i + g.sink_pages, real, g).to(tl.int64)
             index = (page * S.heads + head) * S.vectors
-            scores = _products(codes, scales, index, high, low, factor, real, S)
+            unit, unit2 = factor, factor
+            if codes.dtype.element_ty == tl.int8:
+                unit, unit2 = _units(scales, index, real, S)
+            scores = _products(codes, index, unit, high, low, factor, real, S)
             if S.vectors == 2:
-                scores += _products(codes, scales, index + 1, high2, low2, factor2, real, S)
+                scores += _products(codes, index + 1, unit2, high2, low2, factor2, real, S)
             if S.group_rule == "max":
                 best = tl.max(tl.where(member[None, :], scores, float("-inf")), 1)
             else:
@@ -262,5 +287,5 @@ def select_kernel(
                 BLOCKS,
             )
             if head == 0:
-                tl.atomic_add(counters + 5, pages.to(tl.int64))
+                tl.atomic_add(counters + 5, pages.to(tl.int64), sem="relaxed")
     wait_for_previous(OVERLAP)  # what this kernel's end vouches for

@@ -174,6 +174,17 @@ class Runner:
         self.attention.decode(query, self.kv_cache, self.block_table, self.tensor(seq_lens), plan, out)
         return self.compare(query, seq_lens, out)
 
+    def skip(self, seq_lens: list[int]) -> None:
+        """Advance by a step, side store and all, without comparing anything."""
+        self.write(seq_lens, [min(n, 1) for n in seq_lens])
+        lengths = self.tensor(seq_lens)
+        plan = None
+        if self.planner is not None:
+            starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device=self.device)
+            plan = self.planner.plan(self.block_table, lengths, starts)
+        self.attention.update(self.kv_cache, self.block_table, lengths, plan)
+        self._finish(seq_lens, [min(n, 1) for n in seq_lens])
+
     def new_query(self, rows: int) -> Tensor:
         """A random query, loud enough that softmax is not flat."""
         size = (rows, self.case.heads * self.case.group, self.case.head_size)

@@ -1,0 +1,111 @@
+"""The Triton kernels on this machine's GPU against the reference: every shape they claim, and under graph replay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+RAGGED = (500, 1, 0, 131, 333)
+FP8 = {"kv_dtype": torch.float8_e4m3fn, "key_scale": 0.5, "value_scale": 2.0}
+CASES = {
+    "head size 64, 1 query head": Case(head_size=64, group=1),
+    "head size 96, 2 query heads, fp16": Case(head_size=96, group=2, dtype=torch.float16, seq_lens=RAGGED),
+    "head size 128, 5 query heads, token-major": Case(
+        head_size=128, group=5, head_first=False, seq_lens=RAGGED
+    ),
+    "head size 256, 6 query heads, 8 bits": Case(head_size=256, group=6, statistics_bits=8),
+    "7 query heads, fp8": Case(group=7, **FP8, seq_lens=RAGGED),
+    "8 query heads, 8 bits, fp8, blocks of 4 pages": Case(
+        group=8, **FP8, statistics_bits=8, pages_per_block=4
+    ),
+    "16 query heads, mean_var, mean": Case(
+        group=16, selection="mean_var", group_rule="mean", statistics_bits=8
+    ),
+    "moba, fp16": Case(selection="moba", dtype=torch.float16, statistics_bits=8),
+    "pages of 32 in blocks of 2": Case(page_size=32, pages_per_block=2, sink_tokens=32, budget=256),
+    "pages of 64": Case(page_size=64, sink_tokens=0, budget=320, seq_lens=(700, 650)),
+    "pages of 128": Case(page_size=128, sink_tokens=128, budget=640, seq_lens=(1500,)),
+    "share of the context": Case(budget=0.3, seq_lens=RAGGED),
+    "selection only": Case(completion="none", seq_lens=RAGGED, statistics_bits=8),
+    "too few slots": Case(slots=1, seq_lens=(300, 400)),
+    "selection in two levels": Case(
+        seq_lens=(6000, 700), budget=150, max_model_len=70_000, statistics_bits=8, heads=1
+    ),
+    "budget covers the context": Case(budget=600, seq_lens=RAGGED),
+    "many rows": Case(seq_lens=tuple(range(40, 520, 8)), heads=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference(name: str) -> None:
+    check(CASES[name], "cuda", steps=2)
+
+
+def test_graph_replay_follows_changing_lengths() -> None:
+    """One captured graph; rows come, go, finish pages and cross from dense to sparse."""
+    case = Case(seq_lens=(100, 300, 0, 150), statistics_bits=8)
+    runner = Runner(case, "cuda", steps=40)
+    runner.prefill()
+    rows = len(case.seq_lens)
+    lengths, starts = runner.tensor([0] * rows), runner.tensor([0] * (rows + 1))
+    query = runner.new_query(rows)
+    out = torch.full_like(query, torch.nan)
+    assert runner.planner is not None
+
+    def step() -> None:
+        plan = runner.planner.plan(runner.block_table, lengths, starts)
+        runner.attention.decode(query, runner.kv_cache, runner.block_table, lengths, plan, out)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    for i in range(40):
+        now = [n + i if n else 0 for n in case.seq_lens]
+        counts = [min(n, 1) for n in now]
+        runner.write(now, counts)
+        lengths.copy_(runner.tensor(now))
+        starts[1:] = runner.tensor(counts).cumsum(0)
+        query.copy_(runner.new_query(rows))
+        out.fill_(torch.nan)
+        graph.replay()
+        runner.compare(query, now, out)
+    runner.compare_counters()
+    assert runner.expected_counts["sparse_rows"] > 40
+    assert runner.expected_counts["dense_rows"] > 0
+
+
+def test_ties_go_to_the_earlier_page() -> None:
+    for max_model_len in (1024, 70_000):
+        case = Case(seq_lens=(900,), heads=1, max_model_len=max_model_len)
+        runner = Runner(case, "cuda")
+        runner.tokens[:] = runner.tokens[:, :1]
+        runner.prefill()
+        runner.decode([900])
+        first, count = case.geometry.sink_pages, case.geometry.retrieved_pages(900)
+        wanted = torch.arange(first, first + count, device="cuda")
+        expected = runner.kv.page_ids(runner.block_table[0], wanted)
+        assert runner.workspace.selected[0, 0, :count].tolist() == expected.tolist()
+
+
+def test_the_result_is_the_same_every_time() -> None:
+    """Whatever order the programs of a row arrive in."""
+    case = Case(seq_lens=(3000, 700), heads=4, budget=512, statistics_bits=8, completion="none")
+    runner = Runner(case, "cuda")
+    runner.prefill()
+    query, lengths = runner.new_query(2), runner.tensor([3000, 700])
+    runner.write([3000, 700], [1, 1])
+    outs = []
+    for _ in range(20):
+        out = torch.full_like(query, torch.nan)
+        runner.attention.decode(query, runner.kv_cache, runner.block_table, lengths, None, out)
+        outs.append(out)
+    assert all(torch.equal(out, outs[0]) for out in outs)

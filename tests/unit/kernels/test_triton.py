@@ -1,0 +1,48 @@
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled for Hopper.
+
+Both in processes of their own: Triton decides at import whether it interprets, for everything in a process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(arguments: list[str], **environment: str) -> str:
+    """Run Python and return what it printed; fails with all of it."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_interpreted_kernels_agree_with_the_reference() -> None:
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    run(arguments, TRITON_INTERPRET="1")
+
+
+def test_kernels_compile_for_hopper_without_spills() -> None:
+    for variant in json.loads(run([str(HERE / "triton_compiled.py")], TRITON_INTERPRET="0")):
+        assert variant["local_bytes"] == 0, f"{variant} spills registers"
+        assert variant["shared_bytes"] <= 227 * 1024, f"{variant} does not fit"
+        # Two programs per multiprocessor at least, or nothing hides the memory's latency.
+        assert variant["registers"] * variant["threads"] * 2 <= 65536, (
+            f"{variant} leaves no room for a second"
+        )

@@ -1,0 +1,121 @@
+"""Run by test_triton.py: compile every kernel for Hopper without a GPU and print what each takes, as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_rc_backend import attention_triton
+from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
+from vllm_rc_backend.evaluation.kernel_check import Case
+from vllm_rc_backend.kernels.reference import SummaryTags
+from vllm_rc_backend.side_store import SideStore
+
+DEFAULT = {
+    "heads": 8,
+    "head_size": 128,
+    "sink_tokens": 16,
+    "tail_tokens": 64,
+    "budget": 2048,
+    "max_model_len": 131072,
+}
+VARIANTS = {
+    "default": Case(**DEFAULT, statistics_bits=8),
+    "16-bit statistics": Case(**DEFAULT),
+    "short contexts": Case(**{**DEFAULT, "max_model_len": 32768}, statistics_bits=8),
+    "share": Case(**{**DEFAULT, "budget": 1 / 32}, statistics_bits=8),
+    "fp8 cache": Case(**DEFAULT, kv_dtype=torch.float8_e4m3fn, statistics_bits=8),
+    "fp16, mean_var, head size 64": Case(
+        **{**DEFAULT, "head_size": 64}, dtype=torch.float16, selection="mean_var", statistics_bits=8
+    ),
+    "head size 256, 16 query heads": Case(**{**DEFAULT, "head_size": 256}, group=16, statistics_bits=8),
+}
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launch: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __getitem__(self, grid: object) -> Any:
+        def record(*args: Any, **options: Any) -> None:
+            self.launch = args, options
+
+        return record
+
+
+def launches(case: Case) -> Iterator[Recorder]:
+    """Every kernel with the arguments of a step of this case."""
+    names = [name for name in vars(attention_triton) if name.endswith("_kernel")]
+    recorders = {name: Recorder(getattr(attention_triton, name)) for name in names}
+    for name, recorder in recorders.items():
+        setattr(attention_triton, name, recorder)
+    layout = case.layout
+    shape = make_shape(layout, case.group, case.group_rule)
+    work = Workspace(shape, 1, case.max_model_len, "cpu", case.statistics_bits)
+    work.overlap = True
+    attention = TritonAttention(SideStore(layout, 4, "cpu"), work, case.head_size**-0.5)
+    kv_cache = torch.zeros(4, case.heads, case.page_size, 2 * case.head_size).to(case.kv_dtype or case.dtype)
+    table, lengths, starts = (torch.zeros(n, dtype=torch.int32) for n in (16, 1, 2))
+    query = torch.zeros(1, case.heads * case.group, case.head_size, dtype=case.dtype)
+    planner = SummaryPlanner(layout.geometry, SummaryTags.empty(layout.slots, 4), 256)
+    plan = planner.plan(table.view(1, -1), lengths, starts)
+    attention.update_prefill(kv_cache, table.view(1, -1), lengths, starts, 64)
+    attention.decode(query, kv_cache, table.view(1, -1), lengths, plan, query)
+    for name, recorder in recorders.items():
+        setattr(attention_triton, name, recorder.kernel)
+        yield recorder
+
+
+def resources(recorder: Recorder) -> dict[str, int | str]:
+    """Compile and ask the binary."""
+    args, options = recorder.launch
+    kernel = recorder.kernel
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
+    constants = {name: values[name] for name in names if kernel.params[names.index(name)].is_constexpr}
+    constants |= {name: None for name in names if values[name] is None}
+    aligned, signature = {}, {}
+    for i, name in enumerate(names):
+        value = values[name]
+        signature[name] = "constexpr" if name in constants else triton.runtime.jit.mangle_type(value)
+        if name not in constants and (
+            isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
+        ):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    launch = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+        report = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
+    return {
+        "kernel": kernel.__name__,
+        "registers": int(found["REG"]),
+        "local_bytes": int(found["LOCAL"]),
+        "stack_bytes": int(found["STACK"]),
+        "shared_bytes": compiled.metadata.shared,
+        "threads": 32 * compiled.metadata.num_warps,
+    }
+
+
+if __name__ == "__main__":
+    found = [{"variant": name, **resources(r)} for name, case in VARIANTS.items() for r in launches(case)]
+    print(json.dumps(found, indent=1))

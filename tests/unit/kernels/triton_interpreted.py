@@ -1,0 +1,90 @@
+"""Run by test_triton.py in a process of its own with TRITON_INTERPRET=1: the Triton kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
+
+CASES = {
+    "default": (Case(), 3),
+    "8-bit statistics, ragged, padding row": (Case(seq_lens=(300, 208, 0, 90), statistics_bits=8), 2),
+    "mean_var, mean over the group, fp16, head size 96": (
+        Case(selection="mean_var", group_rule="mean", dtype=torch.float16, head_size=96, group=1),
+        1,
+    ),
+    "moba, token-major blocks of several pages, 5 query heads": (
+        Case(selection="moba", head_first=False, pages_per_block=4, group=5, heads=1),
+        2,
+    ),
+    "fp8 cache with scales, 6 query heads": (
+        Case(kv_dtype=torch.float8_e4m3fn, key_scale=0.5, value_scale=2.0, group=6, heads=1),
+        1,
+    ),
+    "selection only, 16 query heads": (Case(completion="none", group=16, heads=1, statistics_bits=8), 1),
+    "budget a share of the context, too few slots": (
+        Case(budget=0.3, heads=1, slots=1, seq_lens=(300, 400)),
+        2,
+    ),
+    "pages of 32, head size 256, 7 query heads": (
+        Case(page_size=32, sink_tokens=32, budget=256, head_size=256, heads=1, group=7, seq_lens=(480,)),
+        1,
+    ),
+    "pages of 64, no sink": (Case(page_size=64, sink_tokens=0, budget=256, heads=1, seq_lens=(500,)), 1),
+    "pages of 128": (Case(page_size=128, sink_tokens=128, budget=512, heads=1, seq_lens=(1000,)), 1),
+    "selection in two levels": (
+        Case(
+            seq_lens=(1500, 600), heads=1, budget=150, sink_tokens=0, max_model_len=70_000, statistics_bits=8
+        ),
+        1,
+    ),
+    "dense up to a threshold": (Case(dense_threshold=250, seq_lens=(200, 250, 251), heads=1), 2),
+    "the budget covers the context": (Case(budget=512, heads=1), 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference(name: str) -> None:
+    case, steps = CASES[name]
+    check(case, "cpu", steps)
+
+
+@pytest.mark.parametrize("max_model_len", [512, 70_000], ids=["one level", "two levels"])
+def test_ties_go_to_the_earlier_page(max_model_len: int) -> None:
+    case = Case(seq_lens=(700,), heads=1, max_model_len=max_model_len, budget=150)
+    runner = Runner(case, "cpu")
+    runner.tokens[:] = runner.tokens[:, :1]
+    runner.prefill()
+    runner.decode([700])
+    first = case.geometry.sink_pages
+    count = case.geometry.retrieved_pages(700)
+    expected = runner.kv.page_ids(runner.block_table[0], torch.arange(first, first + count))
+    assert runner.workspace.selected[0, 0, :count].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_keys_that_do_not_fit_into_registers(group: int) -> None:
+    case = Case(seq_lens=(1200,), heads=1, max_model_len=70_000 if group > 1 else 512, budget=150)
+    runner = Runner(case, "cpu")
+    assert (runner.workspace.neighbours > 1) == (group > 1)
+    runner.workspace.select_blocks = ((16, False), (16, False))
+    runner.prefill()
+    runner.decode([1200])
+
+
+def test_sequences_that_share_a_prefix_part() -> None:
+    case = Case(seq_lens=(300, 300), heads=1, slots=4)
+    runner = Runner(case, "cpu", steps=40)
+    shared = 288 // case.page_size  # whole blocks; what follows is each row's own
+    runner.block_table[1, :shared] = runner.block_table[0, :shared]
+    runner.tokens[1, : shared * case.page_size] = runner.tokens[0, : shared * case.page_size]
+    runner.prefill()
+    assert runner.planner is not None
+    for seq_len in range(300, 340):
+        if seq_len in (300, 301, 312, 313, 328, 329, 339):
+            runner.decode([seq_len, seq_len])
+        else:
+            runner.skip([seq_len, seq_len])
+    first, second = runner.planner.current.slot.tolist()
+    assert first != second
