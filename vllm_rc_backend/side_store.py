@@ -46,7 +46,7 @@ class StoreLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Side bytes per vLLM block of this layer, tags included."""
+        """Bytes of the page statistics of one vLLM block, all KV heads."""
         return self.geometry.pages_per_block * self.statistics_bytes
 
     @property
