@@ -1,0 +1,69 @@
+"""The parts of ``rc-topk bench`` that need no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from vllm_rc_backend.evaluation.bench import TABLE, K, Row, bytes_read, main, markdown, write_results
+from vllm_rc_backend.evaluation.kernel_check import Case
+
+LAYER = Case(heads=8, head_size=128, sink_tokens=16, tail_tokens=64, budget=2048, statistics_bits=8)
+ROW = Row(
+    context=32 * K,
+    batch=8,
+    dense_us=250.0,
+    dense_spread_us=1.5,
+    rc_topk_us=50.0,
+    rc_topk_spread_us=0.8,
+    usual_step_us=49.0,
+    page_step_us=60.0,
+    floor_us=25.0,
+    bytes_read=1,
+    layers=3,
+)
+
+
+def test_bytes_of_a_sparse_step_are_pages_statistics_and_summary() -> None:
+    tokens, pages = 2048, 32 * K // 16 - 1 - 4
+    summary = 8 * (128 * 128 + 4 * 128) * 2
+    assert bytes_read(LAYER.layout, 32 * K, 3) == 3 * (tokens * 4096 + pages * 8 * 2 * (128 + 2) + summary)
+
+
+def test_bytes_of_a_dense_step_are_the_context() -> None:
+    assert bytes_read(replace(LAYER, budget=0.99, dense_threshold=4096).layout, 4096, 2) == 2 * 4096 * 4096
+
+
+def test_table_states_ratio_and_multiple_of_the_floor() -> None:
+    line = markdown([ROW]).splitlines()[-1]
+    assert line == "| 32K x 8 | 250.0 ± 1.5 | 50.0 ± 0.8 | 5.00 | 25.0 | 2.00 |"
+    assert "| - | 50.0 ± 0.8 | - |" in markdown([replace(ROW, dense_us=None, dense_spread_us=None)])
+
+
+def test_results_of_other_commands_stay(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "performance.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"end_to_end": [1], "decode": ["old"]}))
+    write_results(path, [ROW], {"gpu": "one"})
+    found = json.loads(path.read_text())
+    assert found["end_to_end"] == [1]
+    assert [(r["context"], r["batch"], r["rc_topk_us"]) for r in found["decode"]] == [(32 * K, 8, 50.0)]
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main([]) == 1
+    assert "CUDA" in capsys.readouterr().err
+
+
+def test_the_table_holds_the_shapes_of_the_documentation() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
+    assert all(f"| {context}K x {batch} |" in text for context, batch in TABLE)
