@@ -36,7 +36,7 @@ many had no summary), tokens in their contexts, tokens whose K and V one KV head
 read, and the residual's share of the softmax mass (of KV head 0, in millionths)."""
 
 GROUP_RULES = ("max", "mean")
-POLICY_QUERY_MAPS = {"box": "abs", "mean_var": "square", "moba": "none"}
+POLICY_QUERY_MAPS = {"box": "abs", "mean_var": "square", "moba": "none", "runs": "runs"}
 
 
 def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
@@ -52,6 +52,8 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         )
     if group_rule not in GROUP_RULES:
         raise ValueError(f"group_rule={group_rule} has no GPU kernel; allowed: {', '.join(GROUP_RULES)}")
+    if policy.name == "runs" and layout.statistics_bits != 2:
+        raise ValueError(f"statistics_bits={layout.statistics_bits} has no GPU kernel with selection=runs; allowed: 2")
     if layout.completion.name not in ("linear", "none"):
         raise ValueError(f"completion={layout.completion.name} has no GPU kernel; allowed: linear, none")
     geometry = layout.geometry
@@ -121,7 +123,9 @@ class Workspace:
             and torch.device(device).type == "cuda"
             and torch.cuda.get_device_capability(device) >= (9, 0)
         )
-        self.score_tile = max(32, min(tuning.score_bytes * 8 // (shape.block_d * statistics_bits), 128))
+        # Pages whose vectors are in flight at a time; those of the policy runs are 8 to a page.
+        page_bytes = shape.block_d * statistics_bits // 8 * (shape.vectors if shape.query_map == "runs" else 1)
+        self.score_tile = max(32, min(tuning.score_bytes // page_bytes, 128))
         self.decode_tile = max(16, min(tuning.decode_elements // shape.block_d, 128))
         self.merge_splits = max(1, min(tuning.merge_elements // (shape.merge_rows * shape.block_d), 16))
         self.max_pages = max(max_model_len // geometry.page_size, 1)
@@ -273,7 +277,7 @@ class TritonAttention:
             *kv.stride()[:3],
             block_table.stride(0),
             S=self.shape,
-            num_warps=1,
+            num_warps=4 if self.shape.query_map == "runs" else 1,
         )
 
     def decode(

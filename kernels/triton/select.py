@@ -13,6 +13,7 @@ from vllm_rc_backend.kernels.triton.matmul import dot
 from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
+from vllm_rc_backend.kernels.triton.runs import query_parts, run_scores
 from vllm_rc_backend.kernels.triton.topk import (
     HIGHEST,
     LOWEST,
@@ -241,7 +242,10 @@ def select_kernel(
             other=0.0,
         )
         q = q.to(tl.float32) * scale
-        high, low, factor = _planes(q, codes.dtype.element_ty)
+        if S.query_map == "runs":
+            first, second, third, fourth, factor, offset = query_parts(q, S)
+        else:
+            high, low, factor = _planes(q, codes.dtype.element_ty)
         if S.vectors == 2:
             if S.query_map == "abs":
                 mapped = tl.abs(q)
@@ -255,10 +259,15 @@ def select_kernel(
             real = i < pages
             page = page_of(block_table, i + g.sink_pages, real, g).to(tl.int64)
             index = (page * S.heads + head) * S.vectors
-            unit, unit2 = factor, factor
-            if codes.dtype.element_ty == tl.int8:
-                unit, unit2 = _units(scales, index, real, S)
-            scores = _products(codes, index, unit, high, low, factor, real, S)
+            if S.query_map == "runs":
+                scores = run_scores(
+                    codes, scales, index, first, second, third, fourth, factor, offset, real, S, TILE
+                )
+            else:
+                unit, unit2 = factor, factor
+                if codes.dtype.element_ty == tl.int8:
+                    unit, unit2 = _units(scales, index, real, S)
+                scores = _products(codes, index, unit, high, low, factor, real, S)
             if S.vectors == 2:
                 scores += _products(codes, index + 1, unit2, high2, low2, factor2, real, S)
             if S.group_rule == "max":

@@ -22,7 +22,7 @@ class Shape:
         group: query heads of a KV head.
         head_size: elements of a key.
         query_map: what the second statistic is multiplied with, ``abs`` (box), ``square`` (mean_var), or ``none``
-            for a policy with one vector.
+            for a policy with one vector; ``runs`` for the policy of that name, whose score is of another form.
         spread_weight: weight of that second term.
         group_rule: ``max`` or ``mean`` over the query heads of a KV head.
         completion: ``linear`` or ``none``.
@@ -40,12 +40,22 @@ class Shape:
     @property
     def vectors(self) -> int:
         """Statistics kept per page."""
-        return 1 if self.query_map == "none" else 2
+        return {"none": 1, "runs": 8}.get(self.query_map, 2)
 
     @property
     def block_d(self) -> int:
         """Head size padded to a power of two."""
         return next_power_of_2(self.head_size)
+
+    @property
+    def block_q(self) -> int:
+        """A quarter of the head size, padded to what an int8 matrix instruction takes."""
+        return max(32, next_power_of_2(self.head_size // 4))
+
+    @property
+    def rotated(self) -> int:
+        """The largest power of two that divides the head size: elements that a rotation mixes."""
+        return self.head_size & -self.head_size
 
     @property
     def block_n(self) -> int:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.paged import page_of, page_rows
+from vllm_rc_backend.kernels.triton.runs import finish_runs
 
 SMALLEST_SCALE = tl.constexpr(2.0**-14)
 ROUND = tl.constexpr(
@@ -29,24 +30,27 @@ def _store_vector(x, codes, scales, index, S: tl.constexpr):
 def finish_page(kv, codes, scales, page, head, key_scale, stride_block, stride_token, S: tl.constexpr):
     """Statistics of one physical page of one head; ``kv`` points to the head."""
     g: tl.constexpr = S.geometry
-    cols = tl.arange(0, S.block_d)
-    rows = page_rows(page, tl.arange(0, g.page_size), stride_block, stride_token, g)
-    real = (cols < S.head_size)[None, :]
-    keys = tl.load(kv + rows[:, None] + cols[None, :], mask=real, other=0.0).to(tl.float32) * key_scale
     index = (page.to(tl.int64) * S.heads + head) * S.vectors
-    if S.query_map == "abs":
-        low, high = tl.min(keys, 0), tl.max(keys, 0)
-        first, second = (high + low) * 0.5, (high - low) * 0.5
+    if S.query_map == "runs":
+        finish_runs(kv, codes, scales, page, index, key_scale, stride_block, stride_token, S)
     else:
-        first = tl.sum(keys, 0) / g.page_size
-        centred = keys - first[None, :]
-        second = tl.sum(centred * centred, 0) / g.page_size
-    _store_vector(first, codes, scales, index, S)
-    if S.vectors == 2:
-        _store_vector(second, codes, scales, index + 1, S)
+        cols = tl.arange(0, S.block_d)
+        rows = page_rows(page, tl.arange(0, g.page_size), stride_block, stride_token, g)
+        real = (cols < S.head_size)[None, :]
+        keys = tl.load(kv + rows[:, None] + cols[None, :], mask=real, other=0.0).to(tl.float32) * key_scale
+        if S.query_map == "abs":
+            low, high = tl.min(keys, 0), tl.max(keys, 0)
+            first, second = (high + low) * 0.5, (high - low) * 0.5
+        else:
+            first = tl.sum(keys, 0) / g.page_size
+            centred = keys - first[None, :]
+            second = tl.sum(centred * centred, 0) / g.page_size
+        _store_vector(first, codes, scales, index, S)
+        if S.vectors == 2:
+            _store_vector(second, codes, scales, index + 1, S)
 
 
-# The rows of a prefill begin anywhere in the batch: without this, each alignment would be compiled when it first occurs.
+# The rows of a prefill begin anywhere in the batch: without this, each alignment would be compiled as it first occurs.
 @triton.jit(do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start"])
 def finish_pages_kernel(
     kv,

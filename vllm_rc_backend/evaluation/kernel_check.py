@@ -241,6 +241,15 @@ class Runner:
 
     def _compare_statistics(self) -> None:
         stores = (self.store, self.twin)
+        if self.store.codes.dtype == torch.uint8:
+            # A level that sums in another order push over its edge is another code; that is rare.
+            assert self.store.scales is not None
+            assert self.twin.scales is not None
+            written = self.twin.scales > 0
+            assert torch.allclose(self.store.scales[written], self.twin.scales[written], rtol=2e-3)
+            differ = (self.store.codes != self.twin.codes).float().mean()
+            assert differ < 1e-3, f"page statistics differ in {differ:.2e} of their bytes"
+            return
         ours, theirs = (reference.decode_statistics(s.codes, s.scales) for s in stores)
         # Sums in another order may round to the neighbouring code.
         step = theirs.abs().amax(dim=-1, keepdim=True).clamp(min=1e-3) / 100
@@ -271,7 +280,7 @@ def compare_selection(
     assert bool((places >= 0).all()), f"row {row}: selected pages outside the mid region"
     assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: selected pages repeat or are out of order"
     worst, lowest = (scores.gather(1, x).amin(-1) for x in (places, needed))
-    slack = 2e-3 * scores.abs().amax(-1)
+    slack = (1e-2 if case.selection == "runs" else 2e-3) * scores.abs().amax(-1)  # runs: the query has 8 bits
     assert bool((worst >= lowest - slack).all()), (
         f"row {row}: took a page of {worst} and left one of {lowest}"
     )

@@ -33,6 +33,10 @@ DEFAULT = {
 VARIANTS = {
     "default": Case(**DEFAULT, statistics_bits=8),
     "16-bit statistics": Case(**DEFAULT),
+    "runs": Case(**DEFAULT, selection="runs", statistics_bits=2),
+    "runs, short contexts": Case(
+        **{**DEFAULT, "max_model_len": 32768, "head_size": 64}, selection="runs", statistics_bits=2
+    ),
     "short contexts": Case(**{**DEFAULT, "max_model_len": 32768}, statistics_bits=8),
     "share": Case(**{**DEFAULT, "budget": 1 / 32}, statistics_bits=8),
     "fp8 cache": Case(**DEFAULT, kv_dtype=torch.float8_e4m3fn, statistics_bits=8),
