@@ -475,7 +475,8 @@ def main(argv: list[str] | None = None) -> int:
         **environment(device),
         "copy_gb_per_s": round(bandwidth / 1e9),
         "shape": f"{options.query_heads} query heads, {case.heads} KV heads, head size {case.head_size}, bfloat16, "
-        f"pages of {case.page_size}, {options.layout}, budget {case.budget:g}, sink {case.sink_tokens}, tail {case.tail_tokens}, {case.selection}, {case.completion}, "
+        f"pages of {case.page_size}, {options.layout}, budget {case.budget:g}, "
+        f"sink {case.sink_tokens}, tail {case.tail_tokens}, {case.selection}, {case.completion}, "
         f"{case.statistics_bits}-bit statistics",
     }
     for name, value in about.items():
