@@ -116,7 +116,8 @@ def finish_runs(kv, codes, scales, page, index, key_scale, stride_block, stride_
     quarter = tl.arange(0, S.block_q)
     run = tl.arange(0, 16) % RUNS  # a matrix product takes 16 rows: the eight runs twice
     cols = tl.arange(0, S.block_d)
-    means = tl.zeros([16, S.block_d], tl.float32)
+    width: tl.constexpr = S.block_d  # Triton 3.6 takes no plain int in a shape
+    means = tl.zeros([16, width], tl.float32)
     length: tl.constexpr = g.page_size // RUNS
     for token in tl.static_range(length):
         rows = page_rows(page, run * length + token, stride_block, stride_token, g)
@@ -128,7 +129,8 @@ def finish_runs(kv, codes, scales, page, index, key_scale, stride_block, stride_
     rms = tl.maximum(rms, SMALLEST_RMS).to(tl.float16)
     real = tl.arange(0, 16) < RUNS
     tl.store(scales + index + tl.arange(0, 16), rms, mask=real)
-    packed = tl.zeros([16, S.block_q], tl.int32)
+    bytes_wide: tl.constexpr = S.block_q
+    packed = tl.zeros([16, bytes_wide], tl.int32)
     for place in tl.static_range(4):
         x = _rotate(means, 4 * quarter + place, 3, S) / rms.to(tl.float32)[:, None]
         level = tl.minimum(tl.maximum(tl.floor(x), -2.0), 1.0) + 2.0
