@@ -22,9 +22,11 @@ MODEL = str(Path(__file__).parents[1] / "examples" / "model")
 
 
 class Server:
-    """A running ``vllm serve``."""
+    """A running ``vllm serve``; without ``options``, those that ``extra`` brings."""
 
-    def __init__(self, log: Path, options: str, extra: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, log: Path, options: str | None, extra: tuple[str, ...] = (), **environment: str
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -41,16 +43,17 @@ class Server:
                 "--max-num-seqs",
                 "16",
             ),
-            *("--enforce-eager", "--attention-backend", "rc_topk", "--additional-config", options),
+            *("--enforce-eager", "--attention-backend", "rc_topk"),
+            *(("--additional-config", options) if options is not None else ()),
             *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(128 << 20)),
         ]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).parent / "vllm"), "serve", MODEL, *arguments, *extra],
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=os.environ | defaults | environment,
                 start_new_session=True,
             )
 
@@ -98,8 +101,9 @@ class Server:
 
 
 @contextmanager
-def serving(log: Path, options: dict[str, Any], *extra: str) -> Iterator[Server]:
-    server = Server(log, json.dumps({"rc_topk": options}), extra)
+def serving(log: Path, options: dict[str, Any], *extra: str, **environment: str) -> Iterator[Server]:
+    """A healthy server with these options of rc_topk; stopped at the end."""
+    server = Server(log, json.dumps({"rc_topk": options}), extra, **environment)
     try:
         assert server.wait(), log.read_text()[-4000:]
         yield server
