@@ -13,6 +13,8 @@ import functools
 import json
 import logging
 import os
+import platform
+import secrets
 import shutil
 import tempfile
 import threading
@@ -31,7 +33,10 @@ from vllm_rc_backend.observability.meter import Counts
 logger = logging.getLogger("vllm.rc_topk")
 
 RUN_DIR = "RC_TOPK_RUN_DIR"
-"""The environment variable that names the folder. It reaches every process vLLM starts, except Ray's actors."""
+"""The environment variable that names the folder. It reaches every process that vLLM starts."""
+
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+"""vLLM's variable that names further variables for Ray's actors: its first Ray executor copies no others."""
 
 INTERVAL = 1.0
 """Seconds between a worker's writes."""
@@ -100,8 +105,10 @@ def offer() -> None:
     """In the first process that loads the plugin: name the folder and show what is in it. Nothing is created yet."""
     if RUN_DIR in os.environ:
         return
-    folder = Path(tempfile.gettempdir()) / f"rc-topk-{os.getpid()}"
+    # Not the process id alone: a container's is the same after each restart, and nobody else must guess the name.
+    folder = Path(tempfile.gettempdir()) / f"{_prefix()}{os.getpid()}-{secrets.token_hex(8)}"
     os.environ[RUN_DIR] = str(folder)
+    os.environ[RAY_COPIES] = ",".join(filter(None, (os.environ.get(RAY_COPIES), RUN_DIR)))
     REGISTRY.register(RunDirCollector(folder))
     owner = os.getpid()
 
@@ -110,6 +117,11 @@ def offer() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(clean)
+
+
+def _prefix() -> str:
+    """Begins the name of a folder made on this machine."""
+    return f"rc-topk-{platform.node()}-"
 
 
 class Mirror:
@@ -130,10 +142,10 @@ class Mirror:
 @functools.cache
 def publish() -> None:
     """In a worker: write the meter's totals once a second while they change, from a thread of its own."""
-    if RUN_DIR not in os.environ:
+    if not Path(os.environ[RUN_DIR]).name.startswith(_prefix()):
         logger.warning(
-            "rc_topk: this worker was started without %s (a Ray actor); its counters are in its log, not on /metrics.",
-            RUN_DIR,
+            "rc_topk: this worker runs on another machine than the API server; its counters are in its log, not on "
+            "/metrics."
         )
         return
     threading.Thread(target=_publish, name="rc-topk-metrics", daemon=True).start()
@@ -143,15 +155,18 @@ def _publish() -> None:
     folder = Path(os.environ[RUN_DIR])
     mirror = Mirror() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
     written = Counts()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     while True:
         time.sleep(INTERVAL)
         counts = meter.get().counts.copy()
         if counts == written:
             continue
         written = counts
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{os.getpid()}.partial"
-        partial.write_text(json.dumps(asdict(counts)))
+        try:
+            partial.write_text(json.dumps(asdict(counts)))
+        except FileNotFoundError:  # the server has ended and removed it; an orphan must not bring it back
+            return
         partial.rename(folder / f"{os.getpid()}.json")  # atomic: a scrape never sees half a file
         if mirror is not None:
             mirror.show(counts)
