@@ -61,7 +61,7 @@ class RCTopKConfig:
         "Tokens per page, the unit of selection.",
     )
     selection: str = _option(
-        "box",
+        "runs",
         ", ".join(sorted(POLICIES)),
         "How pages are scored.",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from vllm_rc_backend.evaluation.tasks import FORMATS, HELD_OUT, TASKS
 from vllm_rc_backend.evaluation.text import Corpus, text_files
 
 ALL_TASKS = (HELD_OUT, *TASKS)
+ROWS = "rows.jsonl"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.report:
+        return _report(options.out, Journal.open(options.out / ROWS), console)
     sizes = Sizes(options.sequences, options.positions, options.prompts, options.seed, options.batch)
     model = Llama(options.model, options.device)
     corpus, sources = _corpus(options)
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "tail_tokens": RCTopKConfig.tail_tokens,
         "group_rule": RCTopKConfig.group_rule,
     }
-    journal = Journal(options.out / "rows.jsonl", header)
+    journal = Journal(options.out / ROWS, header)
 
     groups = [(context, task) for context in options.contexts for task in options.tasks]
     grid = (options.budgets, options.selections, options.completions)
@@ -75,11 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.diagnostics and task == HELD_OUT:
                 _diagnose(model, samples, shapes, options, context)
 
-    rows = list(journal.rows.values())
-    _write(options.out, rows, header)
-    console.print(Markdown(markdown(rows)))
-    console.print(f"written: {options.out}/accuracy.json, accuracy.md, accuracy.png")
-    return 0
+    return _report(options.out, journal, console)
 
 
 def _diagnose(model: Llama, samples: Any, shapes: Shapes, options: argparse.Namespace, context: int) -> None:
@@ -94,12 +92,18 @@ def _diagnose(model: Llama, samples: Any, shapes: Shapes, options: argparse.Name
     (options.out / f"diagnostics-{context}.json").write_text(json.dumps(entry) + "\n")
 
 
-def _write(out: Path, rows: list[dict[str, Any]], header: dict[str, Any]) -> None:
-    facts = header | {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__}
+def _report(out: Path, journal: Journal, console: Console) -> int:
+    """Tables and plot from the rows that there are."""
+    rows = list(journal.rows.values())
     lines = ",\n  ".join(json.dumps(published(r)) for r in rows)
-    (out / "accuracy.json").write_text(f'{{"about": {json.dumps(facts)},\n "rows": [\n  {lines}\n ]}}\n')
+    (out / "accuracy.json").write_text(
+        f'{{"about": {json.dumps(journal.header)},\n "rows": [\n  {lines}\n ]}}\n'
+    )
     (out / "accuracy.md").write_text(markdown(rows))
     plot(rows, out / "accuracy.png")
+    console.print(Markdown(markdown(rows)))
+    console.print(f"written: {out}/accuracy.json, accuracy.md, accuracy.png")
+    return 0
 
 
 def _corpus(options: argparse.Namespace) -> tuple[Corpus, list[str]]:
@@ -120,7 +124,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         return lambda text: [kind(part) for part in text.split(",")]
 
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of the checkpoint (config.json, safetensors)")
+    add("--model", type=Path, help="folder of the checkpoint (config.json, safetensors)")
     add("--out", type=Path, default=Path("rc-topk-eval"), help="folder of the results (default %(default)s)")
     add("--name", help="the model's name in the results (default: the folder's)")
     add("--contexts", type=many(int), default=[8192], help="tokens, comma-separated (default 8192)")
@@ -166,9 +170,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", type=int, default=Sizes.prompts, help="prompts of each other task (default %(default)s)")
     add("--batch", type=int, default=Sizes.batch, help="sequences computed at a time (default %(default)s)")
     add("--seed", type=int, default=0)
+    add("--report", action="store_true", help="measure nothing, write the tables of --out again")
     add("--diagnostics", action="store_true", help="also errors per layer and head, by quartile of entropy")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
+    if not options.model and not options.report:
+        parser.error("--model is required")
     for task in options.tasks:
         if task not in ALL_TASKS:
             parser.error(f"--tasks: {task!r} is not one of {', '.join(ALL_TASKS)}")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vllm_rc_backend.completion import Completion, make_completion
 from vllm_rc_backend.completion.features import Features
@@ -158,6 +161,8 @@ def row(model: str, case: Case, result: Result, reads: dict[str, float]) -> dict
         "reads": {kind: round(tokens, 1) for kind, tokens in reads.items()},
         "n": result.samples,
         "positions": result.positions,
+        "date": datetime.now(UTC).date().isoformat(),
+        "torch": torch.__version__,
     }
 
 
@@ -176,7 +181,7 @@ class Journal:
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         """``header`` says what the rows depend on; a journal with another header is refused."""
-        self.path = path
+        self.path, self.header = path, header
         self.rows: dict[Case, dict[str, Any]] = {}
         if not path.exists():
             path.write_text(json.dumps(header) + "\n")
@@ -189,6 +194,12 @@ class Journal:
         for line in lines:
             entry = json.loads(line)
             self.rows[_case(entry)] = entry
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """A journal that there is, whatever its arguments were."""
+        with path.open() as file:
+            return cls(path, json.loads(file.readline()))
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a row."""
