@@ -98,6 +98,22 @@ def test_fewer_slots_than_sequences_is_counted(prompt: Prompt, audit: Audit) -> 
     assert meter.get().counts.missing_summaries > before
 
 
+def test_beams_share_and_part(prompt: Prompt, always_sparse: None) -> None:
+    """Beam search copies and drops sequences that share most of their pages: to vLLM, new requests at every token."""
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=3, max_tokens=20, ignore_eos=True)
+
+    def beams(llm: Any) -> list[list[int]]:
+        (output,) = llm.beam_search([prompt(500, 6)], params)
+        return [list(sequence.tokens) for sequence in output.sequences]
+
+    with engine("CPU_ATTN") as llm:
+        expected = beams(llm)
+    with engine("rc_topk", FULL) as llm:
+        assert beams(llm) == expected
+
+
 @pytest.mark.parametrize(
     "options",
     [

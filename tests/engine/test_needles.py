@@ -12,7 +12,7 @@ from vllm_rc_backend.observability import meter
 
 from ..harness import MODEL, engine, greedy
 
-PROMPTS = 4
+PROMPTS = 3
 
 
 @pytest.fixture(scope="module")

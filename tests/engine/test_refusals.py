@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ..harness import MODEL, engine
 
@@ -36,7 +38,7 @@ def start(options: dict[str, Any] | None = None, **kwargs: Any) -> None:
     ("options", "words"),
     [
         ({"bugdet": 256}, ["bugdet", "256", "Did you mean budget"]),
-        ({"budget": 40}, ["budget", "40", "111 or more"]),
+        ({"budget": 40}, ["budget", "40", "63 or more"]),
         ({"selection": "quest"}, ["selection", "quest", "box"]),
         ({"completion": "linaer"}, ["completion", "Did you mean linear"]),
         ({"kv_residency": "host"}, ["kv_residency", "host", "gpu"]),
@@ -105,6 +107,76 @@ def test_models(config: dict[str, Any], words: list[str], tmp_path: Path) -> Non
         start(model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True)
     text = _chain(error.value)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"head_size": 48}, "head_size"),
+        ({"dtype": torch.float64}, "dtype"),
+        ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype"),
+        ({"attn_type": "encoder_only"}, "encoder_only"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder"),
+        ({"attn_type": "encoder"}, "encoder"),
+        ({"use_mla": True}, "MLA"),
+        ({"has_sink": True}, "sinks"),
+        ({"use_kv_connector": True}, "KV connector"),
+        ({"use_non_causal": True}, "non-causal"),
+        ({"use_mm_prefix": True}, "multimodal"),
+    ],
+    ids=str,
+)
+def test_layers(changes: dict[str, Any], word: str) -> None:
+    """What vLLM asks a backend before it builds a layer; a reason stops the start."""
+    from vllm_rc_backend.backend import RCTopKBackend
+
+    plain = {
+        "head_size": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 128,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": None,
+        "attn_type": "decoder",
+    }
+    assert RCTopKBackend.validate_configuration(**plain) == []
+    (reason,) = RCTopKBackend.validate_configuration(**(plain | changes))
+    assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"use_ubatching": True}, "--enable-dbo"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+    ],
+    ids=str,
+)
+def test_parallelism_and_offloading(changes: dict[str, Any], words: str) -> None:
+    """Features that a machine without a GPU cannot start at all: the check itself."""
+    from vllm_rc_backend import compat
+
+    parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "use_ubatching": False}
+    cache = {"kv_offloading_size": None, "kv_sharing_fast_prefill": False}
+
+    def config(**changed: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(**{k: changed.get(k, v) for k, v in parallel.items()}),
+            cache_config=SimpleNamespace(**{k: changed.get(k, v) for k, v in cache.items()}),
+            speculative_config=None,
+            kv_transfer_config=None,
+        )
+
+    compat.check_engine(config())
+    with pytest.raises(compat.UnsupportedError, match=words):
+        compat.check_engine(config(**changes))
 
 
 def test_unsupported_version(monkeypatch: pytest.MonkeyPatch) -> None:
