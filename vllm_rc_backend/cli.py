@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "doctor": ("vllm_rc_backend.doctor", "what a configuration costs and whether it will start"),
     "eval": ("vllm_rc_backend.evaluation.cli", "accuracy against tokens read, on your model"),
+    "calibrate": ("vllm_rc_backend.calibrate.cli", "learns feature maps for completion=features"),
     "bench": (
         "vllm_rc_backend.evaluation.bench",
         "speed against FlashAttention and the bytes floor, on your GPU",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
-from vllm_rc_backend.completion import COMPLETIONS
+from vllm_rc_backend.completion import KINDS, LEARNED
 from vllm_rc_backend.selection import POLICIES
 
 KEY = "rc_topk"
@@ -77,8 +77,13 @@ class RCTopKConfig:
     )
     completion: str = _option(
         "linear",
-        ", ".join(sorted(COMPLETIONS)),
+        ", ".join(sorted(KINDS)),
         "How the softmax mass that was not read is estimated; none renormalises over what was read.",
+    )
+    features_file: str | None = _option(
+        None,
+        "the path of a file from rc-topk calibrate with completion=features, otherwise null",
+        "The learned feature maps of this model.",
     )
     statistics_bits: int | None = _option(
         None,
@@ -136,17 +141,25 @@ class RCTopKConfig:
         self._integer("dense_threshold", 0)
         self._one_of("selection", sorted(POLICIES))
         self._one_of("group_rule", GROUP_RULES)
-        self._one_of("completion", sorted(COMPLETIONS))
+        self._one_of("completion", sorted(KINDS))
         self._one_of("kv_residency", KV_RESIDENCIES)
+        file = self.features_file
+        if not (isinstance(file, str) and file if self.completion == LEARNED else file is None):
+            raise OptionError(
+                "features_file",
+                self.features_file,
+                self._allowed("features_file"),
+                f"completion is {self.completion}.",
+            )
         bits = POLICIES[self.selection].statistics_bits
         if self.statistics_bits is not None and self.statistics_bits not in bits:
             hint = f"selection is {self.selection}."
             raise OptionError("statistics_bits", self.statistics_bits, self._allowed("statistics_bits"), hint)
-        if COMPLETIONS[self.completion].needs_mean and not POLICIES[self.selection].has_mean:
+        if KINDS[self.completion].needs_mean and not POLICIES[self.selection].has_mean:
             raise OptionError(
                 "completion",
                 self.completion,
-                f"{', '.join(sorted(n for n, c in COMPLETIONS.items() if not c.needs_mean))} with "
+                f"{', '.join(sorted(n for n, c in KINDS.items() if not c.needs_mean))} with "
                 f"selection={self.selection}",
                 f"Policies that keep mean keys: {', '.join(sorted(n for n, p in POLICIES.items() if p.has_mean))}.",
             )

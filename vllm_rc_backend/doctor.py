@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_rc_backend import compat
-from vllm_rc_backend.completion import make_completion
+from vllm_rc_backend.completion.feature_file import layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.selection import make_policy
@@ -33,6 +33,7 @@ class ModelFacts:
     Attributes:
         layers: attention layers with a KV cache over the whole context.
         windowed: layers with a sliding window, which stay dense.
+        config: all of it, of the text model.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelFacts:
     element_bytes: int
     max_context: int
     refused: tuple[str, ...]
+    config: dict[str, Any]
 
     @classmethod
     def read(cls, model: str) -> ModelFacts:
@@ -82,6 +84,7 @@ class ModelFacts:
             element_bytes=torch.empty(0, dtype=dtype).element_size(),
             max_context=int(getattr(config, "max_position_embeddings", 0)),
             refused=tuple(refused),
+            config=config.to_dict(),
         )
 
 
@@ -102,7 +105,9 @@ def layer_layout(config: RCTopKConfig, facts: ModelFacts, kv_bytes: int, tensor_
             config.dense_threshold,
         ),
         policy=make_policy(config.selection, config.selection_weight),
-        completion=make_completion(config.completion),
+        completion=layer_completion(
+            config.completion, config.features_file, facts.config, layer=0, rank=0, ranks=tensor_parallel
+        ),
     )
 
 

@@ -13,7 +13,8 @@ from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import get_dtype_size
 
 from vllm_rc_backend import compat
-from vllm_rc_backend.completion import make_completion
+from vllm_rc_backend.completion import Completion
+from vllm_rc_backend.completion.feature_file import FeatureFileError, layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import SummaryTags
@@ -126,6 +127,7 @@ class SparseLayer:
         self.sparse = sliding_window is None and shares_kv_of is None
         self.store: SideStore | None = None
         self.reserved = False
+        self.index = 0  # in the model; known once the layers have names
         # Set by the platform's backend, where it needs them.
         self.workspace: Any = None
         self.attention: Any = None
@@ -156,8 +158,23 @@ class SparseLayer:
                 dense_threshold=config.dense_threshold,
             ),
             policy=make_policy(config.selection, config.selection_weight),
-            completion=make_completion(config.completion),
+            completion=self._completion(),
         )
+
+    def _completion(self) -> Completion:
+        parallel = self.vllm_config.parallel_config
+        try:
+            return layer_completion(
+                self.config.completion,
+                self.config.features_file,
+                self.vllm_config.model_config.hf_text_config.to_dict(),
+                self.index,
+                parallel.rank % parallel.tensor_parallel_size,
+                parallel.tensor_parallel_size,
+            )
+        except FeatureFileError as error:
+            allowed = "a file of rc-topk calibrate for this model"
+            raise OptionError("features_file", self.config.features_file, allowed, str(error)) from error
 
 
 def own_layers(vllm_config: Any) -> dict[str, SparseLayer]:
@@ -192,7 +209,8 @@ def reserve(vllm_config: Any) -> None:
     """Allocate the side stores of all sparse layers of this rank, before vLLM sizes its KV pool, and say so."""
     for name, layer in own_layers(vllm_config).items():
         layer.reserved = True
-        if layer.config.dense_layers and compat.layer_index(name) in layer.config.dense_layers:
+        layer.index = compat.layer_index(name)
+        if layer.index in layer.config.dense_layers:
             layer.sparse = False
     layers = sparse_layers(vllm_config)
     if not layers:

@@ -19,6 +19,7 @@ REFUSED = {
     "selection_weight": [-0.1, 4.1, "1", True, float("nan")],
     "group_rule": ["min", None],
     "completion": ["linaer", None],
+    "features_file": ["maps.safetensors", 3, ""],
     "statistics_bits": [4, 32, "8"],
     "dense_threshold": [-1, 0.5],
     "dense_layers": [[-1], [0.5], "0", 3, [True]],
@@ -56,6 +57,7 @@ def test_every_option_has_refusals_tested() -> None:
         {"selection": "oracle", "group_rule": "softmax", "completion": "none"},
         {"dense_layers": [0, 1], "dense_threshold": 4096, "statistics_bits": 8, "summary_slots": 3},
         {"log_interval": 0},
+        {"completion": "features", "features_file": "maps.safetensors"},
     ],
     ids=str,
 )

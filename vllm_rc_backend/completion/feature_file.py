@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_rc_backend.completion import LEARNED, Completion, make_completion
 from vllm_rc_backend.completion.features import Features
 
 FORMAT, VERSION = "rc-topk feature maps", "1"
@@ -24,9 +26,7 @@ FINGERPRINT_KEYS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "num_key_value_heads",
     "intermediate_size",
-    "rope_theta",
 )
 
 
@@ -40,8 +40,9 @@ class FeatureFileError(ValueError):
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """What identifies a model's attention, from its ``config.json``: 16 hexadecimal digits."""
-    facts = json.dumps({key: config.get(key) for key in FINGERPRINT_KEYS}, sort_keys=True)
+    """What identifies a model, from the facts of its ``config.json`` that every loader keeps: 16 hexadecimal digits."""
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    facts = json.dumps([config.get(key) for key in FINGERPRINT_KEYS] + [heads])
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -111,6 +112,30 @@ class FeatureFile:
         """The maps of some KV heads of one layer: those of a tensor-parallel rank."""
         layer, rank = self.layers[index], slice(first_head, first_head + heads)
         return Features(*(getattr(layer, part)[rank] for part in PARTS))
+
+
+def layer_completion(
+    name: str, features_file: str | None, model: Mapping[str, Any], layer: int, rank: int, ranks: int
+) -> Completion:
+    """The completion of one layer on one tensor-parallel rank.
+
+    Args:
+        name: of ``completion.KINDS``.
+        features_file: the path, if the completion is learned.
+        model: the facts of its ``config.json``, see ``fingerprint``.
+        layer: index in the model.
+        rank, ranks: of the tensor-parallel group; each holds its share of the KV heads, at least one.
+    """
+    if name != LEARNED:
+        return make_completion(name)
+    file = _load(Path(str(features_file)), fingerprint(model))
+    total = len(file.layers[layer].key_bias)
+    return file.layer(layer, rank * total // ranks, max(total // ranks, 1))
+
+
+@cache
+def _load(path: Path, model: str) -> FeatureFile:
+    return FeatureFile.load(path, model)
 
 
 def _layers(

@@ -43,7 +43,10 @@ class KVCache:
 class Llama:
     """The model. Weights stay in the checkpoint's dtype; the window computes in float32."""
 
-    def __init__(self, directory: Path, device: torch.device | str) -> None:
+    def __init__(
+        self, directory: Path, device: torch.device | str, cache_dtype: torch.dtype | None = None
+    ) -> None:
+        """``cache_dtype``: of keys and values (default: the checkpoint's)."""
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         architecture = (self.config.get("architectures") or ["?"])[0]
         if architecture not in ARCHITECTURES:
@@ -61,7 +64,7 @@ class Llama:
             for name, tensor in _read(file)
         }
         self.frequencies = _rope_frequencies(self.config, self.head_size).to(self.device)
-        self.dtype = self.weights["model.embed_tokens.weight"].dtype
+        self.cache_dtype = cache_dtype or self.weights["model.embed_tokens.weight"].dtype
 
     def prefill(self, tokens: Tensor) -> KVCache:
         """Dense causal attention over whole prompts, int64 ``[batch, length]``."""
@@ -72,8 +75,8 @@ class Llama:
         cache = KVCache([], [])
         for layer in range(self.layers):
             query, key, value = self._project(layer, x, positions)
-            cache.keys.append(key.to(self.dtype))
-            cache.values.append(value.to(self.dtype))
+            cache.keys.append(key.to(self.cache_dtype))
+            cache.values.append(value.to(self.cache_dtype))
             if layer + 1 == self.layers:
                 break  # nothing needs its output
             out = functional.scaled_dot_product_attention(
