@@ -188,12 +188,14 @@ def check_copies_are_the_same_member() -> None:
 
 def check_crosses_spawn_and_fork() -> None:
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
 
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     for method in ("spawn", "fork"):
-        with multiprocessing.get_context(method).Pool(1) as pool:
-            name, value = pool.apply(name_and_value, (AttentionBackendEnum["RC_TOPK"],))
+        context = multiprocessing.get_context(method)
+        with ProcessPoolExecutor(1, mp_context=context) as pool:  # raises where a Pool would wait for ever
+            name, value = pool.submit(name_and_value, AttentionBackendEnum["RC_TOPK"]).result()
         assert (name, value) == ("RC_TOPK", AttentionBackendEnum["RC_TOPK"].value)
 
 
