@@ -76,13 +76,24 @@ class Server:
         except OSError:
             return False
 
-    def metric(self, name: str) -> float:
-        """A counter on /metrics."""
+    def metrics(self, name: str) -> list[float]:
+        """The values of a metric on /metrics, one for each set of labels."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        found = re.search(rf"^{name}(?:{{.*}})? ([0-9.e+]+)$", text, re.MULTILINE)
+        return [float(x) for x in re.findall(rf"^{name}(?:{{.*}})? ([0-9.e+]+)$", text, re.MULTILINE)]
+
+    def metric(self, name: str) -> float:
+        """The first of them."""
+        found = self.metrics(name)
         assert found, name
-        return float(found[1])
+        return found[0]
+
+    def metric_when(self, name: str, least: float, seconds: int = 10) -> float:
+        """A counter once it has reached ``least``, or what it has reached by then: workers write once a second."""
+        deadline = time.monotonic() + seconds
+        while (value := self.metric(name)) < least and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return value
 
     @property
     def client(self) -> openai.OpenAI:
