@@ -84,7 +84,7 @@ def _level(codes, place: tl.constexpr):
 
 @triton.jit
 def run_scores(codes, scales, index, a, b, c, d, factor, offset, mask, S: tl.constexpr, TILE: tl.constexpr):
-    """Log-mass of a page if every key were its run's mean, for each query head: float32 ``[TILE, block_n]``.
+    """Score of a page's best run for each query head: float32 ``[TILE, block_n]``.
 
     Args:
         index: of the pages' first vectors in the store, int64 ``[TILE]``.
@@ -104,9 +104,7 @@ def run_scores(codes, scales, index, a, b, c, d, factor, offset, mask, S: tl.con
     sums = tl.dot(_level(stored, 3), tl.trans(d), sums, out_dtype=tl.int32)
     rms = tl.load(scales + vectors, mask=real, other=0.0).to(tl.float32)
     scores = (sums.to(tl.float32) - offset[None, :]) * rms[:, None] * factor[None, :]
-    scores = tl.reshape(scores, [TILE, RUNS, S.block_n])
-    largest = tl.max(scores, 1)
-    return largest + tl.log(tl.sum(tl.exp(scores - largest[:, None, :]), 1))
+    return tl.max(tl.reshape(scores, [TILE, RUNS, S.block_n]), 1)
 
 
 @triton.jit

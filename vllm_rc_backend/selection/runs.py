@@ -1,10 +1,10 @@
 """Runs: the mean keys of eight short runs of a page, rotated so that two bits an element are enough.
 
 Neighbouring keys resemble each other, so the mean of two of them stands for both, where one vector a page, or a box
-around it, mixes sixteen. The score is the page's log-mass if every key were its run's mean. A Hadamard rotation
-spreads each key's few large elements over all dimensions (as in QuIP, Chee et al., arXiv 2307.13304), after which the
-elements are close to normally distributed and a fixed grid of four levels quantises them: 8 vectors at 2 bits cost
-what one vector costs at 16. docs/accuracy.md compares it with the other policies.
+around it, mixes sixteen. The score is that of the best run. A Hadamard rotation spreads each key's few large elements
+over all dimensions (as in QuIP, Chee et al., arXiv 2307.13304), after which the elements are close to normally
+distributed and a fixed grid of four levels quantises them: 8 vectors at 2 bits cost what one vector costs at 16.
+docs/accuracy.md compares it with the other policies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_rc_backend.selection.base import PagePolicy
 
 @dataclass(frozen=True)
 class Runs(PagePolicy):
-    """score = log sum_j exp(q.mean(k of run j)) over the page's eight runs."""
+    """score = max_j q.mean(k of run j) over the page's eight runs."""
 
     name: ClassVar[str] = "runs"
     vectors: ClassVar[int] = 8
@@ -35,7 +35,7 @@ class Runs(PagePolicy):
         return rotate(keys.unflatten(-2, (self.vectors, -1)).mean(dim=-2))
 
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
-        return self._run_scores(query, statistics).logsumexp(dim=-1)
+        return self._run_scores(query, statistics).amax(dim=-1)
 
     def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
         return self._run_scores(query, statistics).mean(dim=-1)
