@@ -53,7 +53,9 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
     if group_rule not in GROUP_RULES:
         raise ValueError(f"group_rule={group_rule} has no GPU kernel; allowed: {', '.join(GROUP_RULES)}")
     if policy.name == "runs" and layout.statistics_bits != 2:
-        raise ValueError(f"statistics_bits={layout.statistics_bits} has no GPU kernel with selection=runs; allowed: 2")
+        raise ValueError(
+            f"statistics_bits={layout.statistics_bits} has no GPU kernel with selection=runs; allowed: 2"
+        )
     if layout.completion.name not in ("linear", "none"):
         raise ValueError(f"completion={layout.completion.name} has no GPU kernel; allowed: linear, none")
     geometry = layout.geometry
@@ -124,7 +126,9 @@ class Workspace:
             and torch.cuda.get_device_capability(device) >= (9, 0)
         )
         # Pages whose vectors are in flight at a time; those of the policy runs are 8 to a page.
-        page_bytes = shape.block_d * statistics_bits // 8 * (shape.vectors if shape.query_map == "runs" else 1)
+        page_bytes = (
+            shape.block_d * statistics_bits // 8 * (shape.vectors if shape.query_map == "runs" else 1)
+        )
         self.score_tile = max(32, min(tuning.score_bytes // page_bytes, 128))
         self.decode_tile = max(16, min(tuning.decode_elements // shape.block_d, 128))
         self.merge_splits = max(1, min(tuning.merge_elements // (shape.merge_rows * shape.block_d), 16))

@@ -1,4 +1,4 @@
-"""Real vLLM on the GPU: captured decode graphs, the side store under every scheduling event, memory, dense agreement."""
+"""Real vLLM on the GPU: captured decode graphs, the side store under every event, memory, agreement with dense."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class Mirror:
 @functools.cache
 def publish() -> None:
     """In a worker: write the meter's totals once a second while they change, from a thread of its own."""
-    if not Path(os.environ[RUN_DIR]).name.startswith(_prefix()):
+    if not Path(os.environ.get(RUN_DIR, "")).name.startswith(_prefix()):
         logger.warning(
             "rc_topk: this worker runs on another machine than the API server; its counters are in its log, not on "
             "/metrics."
