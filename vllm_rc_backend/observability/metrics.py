@@ -101,22 +101,24 @@ class RunDirCollector(Collector):
             yield CounterMetricFamily(metric.name, metric.help, value=getattr(total, metric.field))
 
 
+@functools.cache
 def offer() -> None:
-    """In the first process that loads the plugin: name the folder and show what is in it. Nothing is created yet."""
-    if RUN_DIR in os.environ:
-        return
-    # Not the process id alone: a container's is the same after each restart, and nobody else must guess the name.
-    folder = Path(tempfile.gettempdir()) / f"{_prefix()}{os.getpid()}-{secrets.token_hex(8)}"
-    os.environ[RUN_DIR] = str(folder)
-    os.environ[RAY_COPIES] = ",".join(filter(None, (os.environ.get(RAY_COPIES), RUN_DIR)))
-    REGISTRY.register(RunDirCollector(folder))
-    owner = os.getpid()
+    """In every process that loads the plugin: show what the workers have written, in case this one serves /metrics.
 
-    def clean() -> None:
-        if os.getpid() == owner:  # not in forked children
-            shutil.rmtree(folder, ignore_errors=True)
+    The first of them names the folder and removes it at its end. Nothing is created yet.
+    """
+    if RUN_DIR not in os.environ:
+        # Not the process id alone: a container's is the same after each restart, and nobody else must guess the name.
+        folder = Path(tempfile.gettempdir()) / f"{_prefix()}{os.getpid()}-{secrets.token_hex(8)}"
+        os.environ[RUN_DIR] = str(folder)
+        os.environ[RAY_COPIES] = ",".join(filter(None, (os.environ.get(RAY_COPIES), RUN_DIR)))
+        atexit.register(_remove, folder, os.getpid())
+    REGISTRY.register(RunDirCollector(Path(os.environ[RUN_DIR])))
 
-    atexit.register(clean)
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in forked children
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prefix() -> str:
