@@ -127,10 +127,11 @@ def _prefix() -> str:
 
 
 class Mirror:
-    """The counts as prometheus_client counters of this process."""
+    """The counts as prometheus_client counters of this process, for its multiprocess mode."""
 
     def __init__(self) -> None:
-        self.counters = {m.field: Counter(m.name, m.help) for m in METRICS}
+        # In no registry: multiprocess mode collects from files, and this process's registry has these names already.
+        self.counters = {m.field: Counter(m.name, m.help, registry=None) for m in METRICS}
         self.shown = Counts()
 
     def show(self, counts: Counts) -> None:
