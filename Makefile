@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+PAGES := options_page supported_page dashboard
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-engine test-compat test-gpu soak format lint types docs docs-check clean
+.PHONY: help venv demo test test-unit test-deploy test-engine test-compat test-gpu soak format lint types docs docs-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,10 +25,14 @@ test: venv ## everything that runs without a GPU or a network: lint, types, docs
 	@$(MAKE) --no-print-directory types
 	@$(MAKE) --no-print-directory docs-check
 	@$(MAKE) --no-print-directory test-unit
+	@$(MAKE) --no-print-directory test-deploy
 	@$(MAKE) --no-print-directory test-engine
 
 test-unit: venv ## the method without vLLM (about a minute)
 	$(PYTEST) tests/unit
+
+test-deploy: venv ## deploy/ against schemas, linters and parsers (seconds)
+	$(PYTEST) tests/deploy
 
 test-engine: venv ## the backend inside real vLLM on the CPU (several minutes)
 	$(PYTEST) tests/engine
@@ -53,11 +58,11 @@ lint: venv ## style and likely mistakes
 types: venv ## mypy, strict
 	$(BIN)/mypy
 
-docs: venv ## rewrite the generated page docs/options.md
-	$(BIN)/python tools/options_page.py
+docs: venv ## rewrite what is generated: docs/options.md, docs/supported.md and the Grafana dashboard
+	@for page in $(PAGES); do $(BIN)/python -m tools.$$page || exit 1; done
 
-docs-check: venv ## fail if docs/options.md is not what `make docs` writes
-	$(BIN)/python tools/options_page.py --check
+docs-check: venv ## fail if those are not what `make docs` writes
+	@for page in $(PAGES); do $(BIN)/python -m tools.$$page --check || exit 1; done
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

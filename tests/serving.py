@@ -18,6 +18,8 @@ from typing import Any
 
 import openai
 
+from vllm_rc_backend.observability import metrics
+
 MODEL = str(Path(__file__).parents[1] / "examples" / "model")
 
 
@@ -48,12 +50,14 @@ class Server:
             *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(128 << 20)),
         ]
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        # An engine that ran in this process left its folder of counters there; a server of its own has its own.
+        inherited = {name: value for name, value in os.environ.items() if name != metrics.RUN_DIR}
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).parent / "vllm"), "serve", MODEL, *arguments, *extra],
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=os.environ | defaults | environment,
+                env=inherited | defaults | environment,
                 start_new_session=True,
             )
 
