@@ -24,12 +24,9 @@ from vllm_rc_backend.cpu_layout import as_numbers, block_layout
 from vllm_rc_backend.kernels.reference import PagedKV, SummaryTags, plan_summaries
 from vllm_rc_backend.layer import (
     BackendFace,
-    LayerShape,
     SparseImpl,
-    SparseLayer,
     bind,
     make_tags,
-    refuse_layer,
 )
 from vllm_rc_backend.observability import meter
 
@@ -131,40 +128,6 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 class RCTopKCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     """One attention layer on the CPU."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
-        refuse_layer(alibi_slopes, logits_soft_cap, sinks, attn_type)
-        super().__init__(
-            num_heads,
-            head_size,
-            scale,
-            num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            kv_cache_dtype,
-            logits_soft_cap,
-            attn_type,
-            kv_sharing_target_layer_name,
-            sinks,
-        )
-        self.sparse_layer = SparseLayer(
-            LayerShape(num_heads, num_kv_heads, head_size, kv_cache_dtype),
-            sliding_window,
-            kv_sharing_target_layer_name,
-        )
 
     def forward(
         self,

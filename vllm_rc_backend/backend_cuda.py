@@ -25,12 +25,10 @@ from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Wo
 from vllm_rc_backend.kernels.reference import SummaryPlan
 from vllm_rc_backend.layer import (
     BackendFace,
-    LayerShape,
     SparseImpl,
     SparseLayer,
     bind,
     make_tags,
-    refuse_layer,
     sparse_layers,
 )
 from vllm_rc_backend.observability.device import DeviceMeter
@@ -211,40 +209,6 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
 
     can_return_lse_for_decode: bool = False
     supports_dcp: bool = False
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
-        refuse_layer(alibi_slopes, logits_soft_cap, sinks, attn_type)
-        super().__init__(
-            num_heads,
-            head_size,
-            scale,
-            num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            kv_cache_dtype,
-            logits_soft_cap,
-            attn_type,
-            kv_sharing_target_layer_name,
-            sinks,
-        )
-        self.sparse_layer = SparseLayer(
-            LayerShape(num_heads, num_kv_heads, head_size, kv_cache_dtype),
-            sliding_window,
-            kv_sharing_target_layer_name,
-        )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         first = not self.sparse_layer.reserved

@@ -191,9 +191,41 @@ def sparse_layers(vllm_config: Any) -> dict[str, SparseLayer]:
 
 
 class SparseImpl:
-    """Marks vLLM implementation objects that carry a SparseLayer."""
+    """What our implementation classes add to vLLM's: a SparseLayer and its memory. Mixed in before vLLM's class."""
 
-    sparse_layer: SparseLayer
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        refuse_layer(alibi_slopes, logits_soft_cap, sinks, attn_type)
+        super().__init__(  # type: ignore[call-arg]
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+        )
+        self.sparse_layer = SparseLayer(
+            LayerShape(num_heads, num_kv_heads, head_size, kv_cache_dtype),
+            sliding_window,
+            kv_sharing_target_layer_name,
+        )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Called by vLLM layer by layer, when all weights are on the device and nothing has been profiled yet.
