@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 from vllm_rc_backend.observability.meter import Counts
 
@@ -50,7 +51,7 @@ def test_requirements_leave_out_what_breaks_a_cpu_machine(setup_cpu: ModuleType,
 
 
 def test_own_requirements_are_those_of_the_project(setup_cpu: ModuleType) -> None:
-    names = {requirement.split(">")[0] for requirement in setup_cpu.own_requirements()}
+    names = {Requirement(requirement).name for requirement in setup_cpu.own_requirements()}
     assert {"safetensors", "pytest", "ruff", "ray", "transformers"} <= names
     assert "vllm" not in names
     assert "torch" not in names
