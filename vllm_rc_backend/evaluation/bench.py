@@ -403,8 +403,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=float, default=2048, help="tokens, or a share of the context below 1"
     )
-    parser.add_argument("--statistics-bits", type=int, choices=(8, 16), default=8)
-    parser.add_argument("--selection", choices=("box", "mean_var", "moba"), default="box")
+    parser.add_argument("--statistics-bits", type=int, choices=(2, 8, 16), default=8)
+    parser.add_argument("--selection", choices=("box", "mean_var", "moba", "runs"), default="box")
     parser.add_argument("--completion", choices=("linear", "none"), default="linear")
     parser.add_argument("--layout", choices=("HND", "NHD"), default="NHD", help="order inside a KV block")
     parser.add_argument(
