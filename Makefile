@@ -9,7 +9,7 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-deploy test-engine test-compat test-gpu soak format lint types docs docs-check clean
+.PHONY: help venv demo test test-unit test-deploy test-engine test-ray test-compat test-gpu soak format lint types docs docs-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,11 @@ test-unit: venv ## the method without vLLM (about a minute)
 test-deploy: venv ## deploy/ against schemas, linters and parsers (seconds)
 	$(PYTEST) tests/deploy
 
-test-engine: venv ## the backend inside real vLLM on the CPU (several minutes)
-	$(PYTEST) tests/engine
+test-engine: venv ## the backend inside real vLLM on the CPU (about ten minutes)
+	$(PYTEST) tests/engine --ignore tests/engine/test_ray.py
+
+test-ray: venv ## the same inside Ray's actors, with Ray's real runtime (a few minutes; not part of make test)
+	$(PYTEST) tests/engine/test_ray.py
 
 test-compat: venv ## registration, configuration and planning against every supported vLLM (fetches their sources)
 	@$(BIN)/python tools/fetch_vllm.py
