@@ -39,10 +39,15 @@ class StoreLayout:
     completion: Completion
 
     @property
+    def vectors(self) -> int:
+        """Vectors of a page's statistics, one KV head."""
+        return self.policy.vectors(self.head_size)
+
+    @property
     def statistics_bytes(self) -> int:
         """Bytes of one page's statistics, all KV heads."""
         scale = STATISTICS_SCALE_BYTES[self.statistics_bits]
-        return self.heads * self.policy.vectors * (self.head_size * self.statistics_bits // 8 + scale)
+        return self.heads * self.vectors * (self.head_size * self.statistics_bits // 8 + scale)
 
     @property
     def block_bytes(self) -> int:
@@ -84,7 +89,7 @@ class SideStore:
     """
 
     def __init__(self, layout: StoreLayout, pages: int, device: torch.device | str) -> None:
-        heads, d, vectors = layout.heads, layout.head_size, layout.policy.vectors
+        heads, d, vectors = layout.heads, layout.head_size, layout.vectors
         bits = layout.statistics_bits
         self.layout = layout
         self.pages = pages

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from vllm_rc_backend.evaluation.tasks import Prompt, make_prompts
+from vllm_rc_backend.evaluation.tasks import make_prompts
 from vllm_rc_backend.evaluation.text import Corpus
 from vllm_rc_backend.observability import meter
 
 from ..harness import MODEL, engine, greedy
 
-PROMPTS = 3
+TASKS = {"single_needle": 2, "multi_key": 3, "multi_query": 1}
+"""Prompts of each; one of multi_query asks four times, each time after the true answers so far."""
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +23,13 @@ def corpus_files() -> Corpus:
     return corpus
 
 
-def question_and_answer(prompt: Prompt) -> tuple[list[int], list[int]]:
-    """The prompt up to its first answer, and that answer."""
-    start = prompt.answer.index(True)
-    end = start + prompt.answer[start:].index(False) if False in prompt.answer[start:] else len(prompt.answer)
-    return prompt.tokens[:start], prompt.tokens[start:end]
-
-
 @pytest.mark.parametrize("length", [4096, 8192])
 def test_needles_at_a_sixteenth(length: int, corpus_files: Corpus) -> None:
     tasks = [
-        question_and_answer(p)
-        for task in ("single_needle", "multi_key")
-        for p in make_prompts(task, corpus_files, "comments", length, PROMPTS, seed=length)
+        (prompt.tokens[: span.start], prompt.tokens[span])
+        for task, count in TASKS.items()
+        for prompt in make_prompts(task, corpus_files, "comments", length, count, seed=length)
+        for span in prompt.answers
     ]
     params = [greedy(len(answer)) for _, answer in tasks]
     prompts = [{"prompt_token_ids": question} for question, _ in tasks]

@@ -70,6 +70,14 @@ class Prompt:
         """Tokens from the first answer token to the end."""
         return len(self.tokens) - self.answer.index(True)
 
+    @property
+    def answers(self) -> list[slice]:
+        """Where each answer stands among the tokens, in order; what is before it is its question."""
+        places = [place for place, is_answer in enumerate(self.answer) if is_answer]
+        starts = [p for p in places if not self.answer[p - 1]]
+        ends = [p + 1 for p in places if p + 1 == len(self.answer) or not self.answer[p + 1]]
+        return [slice(*span) for span in zip(starts, ends, strict=True)]
+
 
 @dataclass(frozen=True)
 class Workshop:

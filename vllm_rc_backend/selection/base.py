@@ -10,15 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PagePolicy:
-    """Scores a page from ``vectors`` vectors of head size that are kept for it.
+    """Scores a page from a few vectors of head size that are kept for it.
 
     A policy is a pure function of the page's keys, so the side store needs no history: whoever finishes a page can
     (re)compute its statistics from the cache.
     """
 
     name: ClassVar[str]
-    vectors: ClassVar[int]
-    """Vectors of head size kept per page and KV head: what one query reads for every page."""
     statistics_bits: ClassVar[tuple[int, ...]] = (16, 8)
     """Bits per element that the statistics may be stored at, the policy's default first."""
     has_mean: ClassVar[bool] = False
@@ -26,6 +24,10 @@ class PagePolicy:
     takes_weight: ClassVar[bool] = False
     reads_keys: ClassVar[bool] = False
     """True for evaluation-only policies that read the page's keys instead of a statistic."""
+
+    def vectors(self, head_size: int) -> int:
+        """Vectors of head size kept per page and KV head: what one query reads for every page."""
+        raise NotImplementedError
 
     def statistics(self, keys: Tensor) -> Tensor:
         """Statistics of finished pages.

@@ -21,9 +21,11 @@ class Box(PagePolicy):
     """score = q.(max + min)/2 + weight * |q|.(max - min)/2."""
 
     name: ClassVar[str] = "box"
-    vectors: ClassVar[int] = 2
     takes_weight: ClassVar[bool] = True
     weight: float = 0.5
+
+    def vectors(self, head_size: int) -> int:
+        return 2
 
     def statistics(self, keys: Tensor) -> Tensor:
         low, high = keys.aminmax(dim=-2)

@@ -20,10 +20,12 @@ class MeanVar(PagePolicy):
     """score = q.mean(k) + weight * q^2.var(k); weight 1/2 is the normal distribution's log-mass."""
 
     name: ClassVar[str] = "mean_var"
-    vectors: ClassVar[int] = 2
     has_mean: ClassVar[bool] = True
     takes_weight: ClassVar[bool] = True
     weight: float = 0.5
+
+    def vectors(self, head_size: int) -> int:
+        return 2
 
     def statistics(self, keys: Tensor) -> Tensor:
         return torch.stack((keys.mean(dim=-2), keys.var(dim=-2, correction=0)), dim=-2)

@@ -15,8 +15,10 @@ class MoBA(PagePolicy):
     """score = q.mean(k)."""
 
     name: ClassVar[str] = "moba"
-    vectors: ClassVar[int] = 1
     has_mean: ClassVar[bool] = True
+
+    def vectors(self, head_size: int) -> int:
+        return 1
 
     def statistics(self, keys: Tensor) -> Tensor:
         return keys.mean(dim=-2, keepdim=True)

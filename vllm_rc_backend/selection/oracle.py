@@ -15,9 +15,11 @@ class Oracle(PagePolicy):
     """score = log sum_i exp(q.k_i) over the page."""
 
     name: ClassVar[str] = "oracle"
-    vectors: ClassVar[int] = 0
     reads_keys: ClassVar[bool] = True
     has_mean: ClassVar[bool] = True
+
+    def vectors(self, head_size: int) -> int:
+        return 0
 
     def statistics(self, keys: Tensor) -> Tensor:
         return keys[..., :0, :]

@@ -1,9 +1,10 @@
-"""Runs: the mean keys of eight short runs of a page, rotated so that two bits an element are enough.
+"""Runs: the mean keys of short runs of a page, rotated so that two bits an element are enough.
 
 Neighbouring keys resemble each other, so the mean of two of them stands for both, where one vector a page, or a box
 around it, mixes sixteen. The score is that of the best run. A Hadamard rotation spreads each key's few large elements
 over all dimensions (as in QuIP, Chee et al., arXiv 2307.13304), after which the elements are close to normally
-distributed and a fixed grid of four levels quantises them: 8 vectors at 2 bits cost what one vector costs at 16.
+distributed and a fixed grid of four levels quantises them: 8 vectors at 2 bits cost what one vector costs at 16. The
+noise of that grid averages out over the elements of a dot product, so smaller heads need more vectors: 16.
 docs/accuracy.md compares it with the other policies.
 """
 
@@ -18,21 +19,27 @@ from torch import Tensor
 
 from vllm_rc_backend.selection.base import PagePolicy
 
+SMALL_HEAD = 64
+"""Head sizes up to this keep 16 runs a page, larger ones 8."""
+
 
 @dataclass(frozen=True)
 class Runs(PagePolicy):
-    """score = max_j q.mean(k of run j) over the page's eight runs."""
+    """score = max_j q.mean(k of run j) over the page's runs."""
 
     name: ClassVar[str] = "runs"
-    vectors: ClassVar[int] = 8
     statistics_bits: ClassVar[tuple[int, ...]] = (2, 8, 16)
     has_mean: ClassVar[bool] = True
 
+    def vectors(self, head_size: int) -> int:
+        return 16 if head_size <= SMALL_HEAD else 8
+
     def statistics(self, keys: Tensor) -> Tensor:
-        page_size = keys.shape[-2]
-        if page_size < self.vectors:
-            keys = keys.repeat_interleave(self.vectors // page_size, dim=-2)
-        return rotate(keys.unflatten(-2, (self.vectors, -1)).mean(dim=-2))
+        page_size, head_size = keys.shape[-2:]
+        runs = self.vectors(head_size)
+        if page_size < runs:
+            keys = keys.repeat_interleave(runs // page_size, dim=-2)
+        return rotate(keys.unflatten(-2, (runs, -1)).mean(dim=-2))
 
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         return self._run_scores(query, statistics).amax(dim=-1)
@@ -43,7 +50,7 @@ class Runs(PagePolicy):
     def _run_scores(self, query: Tensor, statistics: Tensor) -> Tensor:
         """``[..., group, pages, vectors]``: a rotation of both sides leaves every dot product as it was."""
         scores = rotate(query) @ statistics.flatten(-3, -2).mT
-        by_run: Tensor = scores.unflatten(-1, (-1, self.vectors))
+        by_run: Tensor = scores.unflatten(-1, statistics.shape[-3:-1])
         return by_run
 
 

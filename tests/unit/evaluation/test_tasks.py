@@ -40,6 +40,18 @@ def test_the_same_seed_gives_the_same_prompts(corpus: Corpus, task: str) -> None
     )
 
 
+@pytest.mark.parametrize(("task", "count"), [("single_needle", 1), ("multi_value", 1), ("multi_query", 4)])
+def test_answers_are_where_the_mask_says(corpus: Corpus, task: str, count: int) -> None:
+    prompt = make_prompts(task, corpus, "comments", LENGTH, 1, seed=2)[0]
+    assert len(prompt.answers) == count
+    marked = [False] * LENGTH
+    for span in prompt.answers:
+        text = corpus.tokenizer.decode(prompt.tokens[span])
+        assert re.fullmatch(r"( \d{5})+\n", text)
+        marked[span] = [True] * (span.stop - span.start)
+    assert marked == prompt.answer
+
+
 def text_and_answer(corpus: Corpus, task: str) -> tuple[str, str]:
     prompt = make_prompts(task, corpus, "comments", 1500, 1, seed=3)[0]
     decode = corpus.tokenizer.decode
