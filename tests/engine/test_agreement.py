@@ -60,7 +60,7 @@ def test_window_and_engine_agree(completion: str, model: Llama, maps: Path, audi
     assert settings[0].geometry.budget == BUDGET
     for prompt, answer in zip(prompts, found, strict=True):
         cache, window = model.prefill(torch.tensor([prompt])), torch.tensor([answer.tokens])
-        log_p = predict(model, cache, window, sparse_attention(settings))[0]
+        log_p = predict(model, cache, window, sparse_attention(settings, cache))[0]
         expected = log_p.gather(-1, window[0, 1:, None]).squeeze(-1)
         # The first token comes from the prefill, which is dense.
         assert torch.allclose(torch.tensor(answer.logprobs[1:]), expected, atol=5e-3)

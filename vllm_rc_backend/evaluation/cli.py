@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
             for case in todo:
                 bars.update(bar, description=f"{task} at {context}: {case.selection}, {case.completion}")
                 settings = None if case.selection == DENSE else shapes.settings(case)
-                journal.add(row(name, case, measure(model, samples, settings), shapes.reads(case)))
+                journal.add(
+                    row(name, case, measure(model, samples, settings), shapes.reads(case, samples.window))
+                )
                 bars.advance(bar)
             if options.diagnostics and task == HELD_OUT:
                 _diagnose(model, samples, shapes, options, context)

@@ -43,15 +43,16 @@ class Diagnosis:
 def diagnose(model: Llama, samples: Samples, settings: list[Setting]) -> list[Diagnosis]:
     """Every layer over the first batch of samples; each layer sees what the sparse layers below gave it."""
     found: list[Diagnosis] = []
+    cache = samples.caches[0]
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
         runs: list[Run] = []
-        output = sparse_window(query, keys, values, settings[layer], runs.append)
+        output = sparse_window(query, keys, values, settings[layer], cache.queries[layer], runs.append)
         parts = [_compare(run, keys, values, keys.shape[2] - query.shape[1]) for run in runs]
         found.append(Diagnosis({name: torch.cat([p[name] for p in parts]) for name in MEASURES}))
         return output
 
-    predict(model, samples.caches[0], samples.windows[0], attend)
+    predict(model, cache, samples.windows[0], attend)
     return found
 
 

@@ -15,6 +15,7 @@ from vllm_rc_backend.completion import Completion, make_completion
 from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.config import RCTopKConfig
 from vllm_rc_backend.evaluation.measure import Estimate, Result
+from vllm_rc_backend.evaluation.snapkv import SnapKV
 from vllm_rc_backend.evaluation.sparse import Setting
 from vllm_rc_backend.evaluation.tasks import HELD_OUT
 from vllm_rc_backend.kernels.geometry import Geometry
@@ -43,13 +44,17 @@ class Selection:
             name, float(weight) if weight else None, int(bits) if bits else None, int(page) if page else 16
         )
         selection.options(budget=0.5)  # refuses what an engine would refuse
+        if name == SnapKV.name and (weight or bits):
+            raise ValueError(
+                f"selection {text}: {name} keeps no statistics and has no weight; give {name} alone"
+            )
         return selection
 
     def options(self, **others: Any) -> RCTopKConfig:
         """The engine's options."""
         sink = -(-RCTopKConfig.sink_tokens // self.page_size) * self.page_size
         return RCTopKConfig(
-            selection=self.name,
+            selection=RCTopKConfig.selection if self.name == SnapKV.name else self.name,
             selection_weight=self.weight,
             statistics_bits=self.bits,
             page_size=self.page_size,
@@ -117,14 +122,18 @@ class Shapes:
             options.budget,
             options.dense_threshold,
         )
-        policy = make_policy(selection.name, selection.weight)
+        policy = SnapKV() if selection.name == SnapKV.name else make_policy(selection.name, selection.weight)
         return [
             Setting(geometry, policy, options.group_rule, completion, options.stored_bits)
             for completion in self.completions(case.completion)
         ]
 
-    def reads(self, case: Case) -> dict[str, float]:
-        """Token-equivalents that one query reads, by kind, K and V at 16 bits."""
+    def reads(self, case: Case, window: int) -> dict[str, float]:
+        """Token-equivalents that one query reads, by kind, K and V at 16 bits.
+
+        Args:
+            window: tokens decoded after the prompt, for ``snapkv``, which goes on reading them.
+        """
         if case.selection == DENSE:
             return {"tokens": float(case.context), "statistics": 0.0, "summary": 0.0}
         setting = self.settings(case)[0]
@@ -138,7 +147,11 @@ class Shapes:
             policy=setting.policy,
             completion=setting.completion,
         )
-        return layout.token_equivalents(case.context)
+        reads = layout.token_equivalents(case.context)
+        if isinstance(setting.policy, SnapKV):
+            # Its pages at the end of the prompt, and half of what is decoded after, on average.
+            reads["tokens"] = setting.geometry.tokens_read(case.context - window) + window / 2
+        return reads
 
 
 def row(model: str, case: Case, result: Result, reads: dict[str, float]) -> dict[str, Any]:

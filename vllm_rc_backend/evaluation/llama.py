@@ -18,6 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
+from vllm_rc_backend.evaluation.snapkv import OBSERVED
+
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -29,10 +31,14 @@ float32 queries and result; keys and values hold the whole sequence in the cache
 
 @dataclass(frozen=True)
 class KVCache:
-    """Post-RoPE keys and values of each layer, ``[batch, heads, tokens, d]``, in the cache's dtype."""
+    """Post-RoPE keys and values of each layer, ``[batch, heads, tokens, d]``, in the cache's dtype.
+
+    ``queries``: those of the last ``OBSERVED`` tokens, scaled, float32 ``[batch, observed, heads, group, d]``.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
+    queries: list[Tensor]
 
     @property
     def tokens(self) -> int:
@@ -72,11 +78,12 @@ class Llama:
         x = self.weights["model.embed_tokens.weight"][tokens]
         if self.device.type == "cpu":
             x = x.float()
-        cache = KVCache([], [])
+        cache = KVCache([], [], [])
         for layer in range(self.layers):
             query, key, value = self._project(layer, x, positions)
             cache.keys.append(key.to(self.cache_dtype))
             cache.values.append(value.to(self.cache_dtype))
+            cache.queries.append(self._grouped(query[:, -OBSERVED:].float()))
             if layer + 1 == self.layers:
                 break  # nothing needs its output
             out = functional.scaled_dot_product_attention(
@@ -103,14 +110,18 @@ class Llama:
             query, key, value = self._project(layer, x, positions)
             keys = torch.cat((cache.keys[layer], key.to(cache.keys[layer].dtype)), dim=2)
             values = torch.cat((cache.values[layer], value.to(cache.values[layer].dtype)), dim=2)
-            query = query.unflatten(2, (self.heads, -1)) * self.head_size**-0.5
-            x = self._rest(layer, x, attention(query, keys, values, layer).flatten(2))
+            x = self._rest(layer, x, attention(self._grouped(query), keys, values, layer).flatten(2))
         x = self._norm(x, "model.norm.weight")
         return functional.linear(x, self._weight(self._head, torch.float32))
 
     @property
     def _head(self) -> str:
         return "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
+
+    def _grouped(self, query: Tensor) -> Tensor:
+        """``[batch, tokens, query_heads, d]`` -> ``[batch, tokens, heads, group, d]``, times the softmax scale."""
+        grouped: Tensor = query.unflatten(2, (self.heads, -1)) * self.head_size**-0.5
+        return grouped
 
     def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``[batch, tokens, query_heads, d]``, key and value ``[batch, heads, tokens, d]``, after RoPE."""

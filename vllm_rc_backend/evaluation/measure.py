@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from vllm_rc_backend.evaluation.llama import Attention, Llama
+from vllm_rc_backend.evaluation.llama import Attention, KVCache, Llama
 from vllm_rc_backend.evaluation.samples import Samples, predict
 from vllm_rc_backend.evaluation.sparse import Setting, sparse_window
 
@@ -73,7 +73,9 @@ def measure(model: Llama, samples: Samples, settings: Sequence[Setting] | None) 
     for cache, window, counted, dense in zip(
         samples.caches, samples.windows, samples.counted, samples.dense, strict=True
     ):
-        log_p = dense if settings is None else predict(model, cache, window, sparse_attention(settings))
+        log_p = (
+            dense if settings is None else predict(model, cache, window, sparse_attention(settings, cache))
+        )
         targets = window[:, 1:]
         kl.append(_per_sample((dense.exp() * (dense - log_p)).sum(dim=-1), counted))
         loss.append(_per_sample(-log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), counted))
@@ -90,11 +92,11 @@ def measure(model: Llama, samples: Samples, settings: Sequence[Setting] | None) 
     )
 
 
-def sparse_attention(settings: Sequence[Setting]) -> Attention:
-    """The model's attention, layer by layer as set."""
+def sparse_attention(settings: Sequence[Setting], cache: KVCache) -> Attention:
+    """The model's attention after that cache, layer by layer as set."""
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
-        return sparse_window(query, keys, values, settings[layer])
+        return sparse_window(query, keys, values, settings[layer], cache.queries[layer])
 
     return attend
 

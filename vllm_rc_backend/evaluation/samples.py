@@ -50,6 +50,11 @@ class Samples:
     counted: list[Tensor]
     dense: list[Tensor]
 
+    @property
+    def window(self) -> int:
+        """Tokens after the prompt."""
+        return self.windows[0].shape[1]
+
 
 def predict(model: Llama, cache: KVCache, window: Tensor, attention: Attention) -> Tensor:
     """Log-probabilities of each token that follows one of the window, float32 ``[batch, window - 1, vocabulary]``."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_rc_backend.completion import Completion, Retrieved
+from vllm_rc_backend.evaluation.snapkv import SnapKV, choose_pages
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import (
     STATISTICS_DTYPES,
@@ -85,11 +86,17 @@ def dense_window(query: Tensor, keys: Tensor, values: Tensor, layer: int = 0) ->
 
 
 def sparse_window(
-    query: Tensor, keys: Tensor, values: Tensor, setting: Setting, probe: Probe | None = None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    setting: Setting,
+    observed: Tensor | None = None,
+    probe: Probe | None = None,
 ) -> Tensor:
     """Sparse attention of the last positions of each sequence; shapes as ``dense_window``.
 
     Args:
+        observed: the last queries before the window, as ``KVCache.queries`` has them, for ``snapkv``.
         probe: is shown every run of sparse positions.
     """
     geometry, page = setting.geometry, setting.geometry.page_size
@@ -100,6 +107,10 @@ def sparse_window(
     )
     statistics = _statistics(paged_keys, setting)
     summary = _Summary(keys, values, setting)
+    kept = None
+    if isinstance(setting.policy, SnapKV):
+        assert observed is not None
+        kept = choose_pages(observed, keys[:, :, :start], geometry)
     output = torch.empty_like(query)
     for first, last in _runs(geometry, start, query.shape[1]):
         seq_len = start + first + 1
@@ -109,8 +120,15 @@ def sparse_window(
             continue
         mid_end = geometry.mid_end(seq_len)
         rows = query[:, first:last].transpose(0, 1)  # [rows, batch, heads, group, d]
-        mid = statistics[:, :, geometry.sink_pages : mid_end]
-        selected, unread = _select(rows, mid, setting, geometry.retrieved_pages(seq_len))
+        if kept is None:
+            mid = statistics[:, :, geometry.sink_pages : mid_end]
+            selected, unread = _select(rows, mid, setting, geometry.retrieved_pages(seq_len))
+        else:
+            later = torch.arange(geometry.mid_end(start), mid_end, device=kept.device) - geometry.sink_pages
+            selected = torch.cat((kept, later.expand(*kept.shape[:2], -1)), dim=-1).expand(
+                len(rows), -1, -1, -1
+            )
+            unread = None
         pages = selected + geometry.sink_pages
 
         page_keys, page_values = (_take(x, pages) for x in (paged_keys, paged_values))
@@ -152,7 +170,7 @@ def _runs(geometry: Geometry, start: int, window: int) -> Iterator[tuple[int, in
 def _statistics(paged_keys: Tensor, setting: Setting) -> Tensor:
     """``[batch, heads, pages, vectors, d]`` as read back from the store, float32; the keys if the policy reads them."""
     keys = paged_keys.float()
-    if setting.policy.reads_keys:
+    if setting.policy.reads_keys or not setting.policy.vectors(keys.shape[-1]):
         return keys
     return decode_statistics(
         *encode_statistics(setting.policy.statistics(keys), STATISTICS_DTYPES[setting.statistics_bits])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_rc_backend.evaluation.cli import main
-from vllm_rc_backend.evaluation.grid import Journal, Selection
+from vllm_rc_backend.evaluation.grid import Case, Journal, Selection, Shapes
 from vllm_rc_backend.evaluation.measure import Estimate
 from vllm_rc_backend.evaluation.report import matched_reads
 
@@ -30,14 +30,25 @@ def test_the_interval_of_a_mean_covers_it() -> None:
     assert 265 <= covered <= 299
 
 
-@pytest.mark.parametrize("text", ["box", "box:1@8", "runs@2/32", "mean_var:0.25"])
+@pytest.mark.parametrize("text", ["box", "box:1@8", "runs@2/32", "mean_var:0.25", "snapkv"])
 def test_a_selection_is_read_as_it_is_written(text: str) -> None:
     assert str(Selection.parse(text)) == text
 
 
-def test_a_selection_that_no_engine_takes_is_refused() -> None:
-    with pytest.raises(ValueError, match="statistics_bits"):
-        Selection.parse("box@2")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("box@2", "statistics_bits"), ("snapkv@8", "keeps no statistics"), ("snapkv:1", "weight")],
+)
+def test_a_selection_that_cannot_be_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Selection.parse(text)
+
+
+def test_snapkv_reads_what_was_decoded_since_the_prompt() -> None:
+    shapes = Shapes(layers=1, heads=2, head_size=128, features=None)
+    case = Case(8192, "held_out", 1 / 32, "snapkv", "none")
+    budget = shapes.settings(case)[0].geometry.tokens_read(8192 - 512)
+    assert shapes.reads(case, window=512) == {"tokens": budget + 256, "statistics": 0, "summary": 0}
 
 
 def test_matched_reads_interpolate_on_logarithms() -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.unit.paging import GROUP, HEAD_SIZE, HEADS, geometry
 from vllm_rc_backend.attention import Batch, ReferenceAttention
 from vllm_rc_backend.completion import COMPLETIONS, make_completion
+from vllm_rc_backend.evaluation.snapkv import SnapKV
 from vllm_rc_backend.evaluation.sparse import Setting, dense_window, sparse_window
-from vllm_rc_backend.kernels.reference import PagedKV, SummaryTags, decode_dense, plan_summaries
+from vllm_rc_backend.kernels.reference import (
+    PagedKV,
+    SummaryTags,
+    decode_dense,
+    decode_sparse,
+    plan_summaries,
+)
 from vllm_rc_backend.selection import POLICIES, make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
@@ -82,6 +91,47 @@ def test_a_share_as_budget_mixes_sparse_and_dense_positions(budget: float) -> No
     window = sparse_window(query, keys, values, setting)
     expected = decode(query[0], keys[0], values[0], setting)
     assert torch.allclose(window[0], torch.stack(expected), atol=2e-3)
+
+
+@pytest.mark.parametrize("completion", ["none", "linear"])
+def test_snapkv_reads_the_pages_that_the_prompts_end_attended_to(completion: str) -> None:
+    shape, start = geometry(budget=31), TOKENS - WINDOW
+    setting = Setting(shape, SnapKV(), "max", make_completion(completion), 16)
+    query, keys, values = tensors()
+    observed = 3 * torch.randn(BATCH, 5, HEADS, GROUP, HEAD_SIZE) / HEAD_SIZE**0.5
+    window = sparse_window(query, keys, values, setting, observed)
+
+    page, first, last = shape.page_size, shape.sink_pages, shape.mid_end(start)
+    for row in range(BATCH):
+        mass = torch.zeros(HEADS, start)
+        for i in range(5):
+            seen = start - 4 + i
+            scores = observed[row, i] @ keys[row, :, :seen].mT
+            mass[:, :seen] += scores.softmax(dim=-1).sum(dim=1)
+        by_page = mass[:, first * page : last * page].unflatten(1, (-1, page)).sum(dim=-1)
+        kept = by_page.topk(shape.retrieved_pages(start)).indices.sort().values + first
+
+        cache = torch.cat((keys[row], values[row]), dim=-1)[:, : TOKENS // page * page]
+        tail = torch.zeros(HEADS, page, 2 * HEAD_SIZE)
+        tail[:, : TOKENS % page] = torch.cat((keys[row], values[row]), dim=-1)[:, TOKENS // page * page :]
+        cache = torch.cat((cache, tail), dim=1).unflatten(1, (-1, page)).transpose(0, 1).contiguous()
+        for i in range(WINDOW):
+            seq_len = start + i + 1
+            mid = slice(first * page, shape.mid_end(seq_len) * page)
+            later = torch.arange(last, shape.mid_end(seq_len)).expand(HEADS, -1)
+            expected, _ = decode_sparse(
+                query[row, i],
+                PagedKV.packed(cache, page),
+                torch.arange(len(cache)),
+                seq_len,
+                replace(shape, block_size=page),
+                torch.cat((kept, later), dim=1),
+                setting.completion,
+                None
+                if completion == "none"
+                else setting.completion.contribution(keys[row, :, mid], values[row, :, mid]),
+            )
+            assert torch.allclose(window[row, i], expected, atol=2e-3)
 
 
 def test_dense_window_is_causal_softmax() -> None:
