@@ -67,13 +67,12 @@ class ReferenceAttention:
 
         mid = torch.arange(geometry.sink_pages, geometry.mid_end(seq_len), device=query.device)
         statistics = self._statistics(kv, block_table, mid)
-        scores = reference.score_pages(q, statistics, layout.policy, self.group_rule)
-        selected = reference.select_pages(scores, geometry.retrieved_pages(seq_len))
+        scores = layout.policy.score(q, statistics)
+        best = reference.reduce_group(scores, self.group_rule)
+        selected = reference.select_pages(best, geometry.retrieved_pages(seq_len))
         unread = None
-        if layout.completion.needs_mean:
-            unread = reference.unread_log_mass(
-                layout.policy.mean_score(q, statistics), selected, geometry.page_size
-            )
+        if layout.completion.needs_mass:
+            unread = reference.unread_log_mass(scores, selected, geometry.page_size)
 
         slot = -1 if batch.plan is None else int(batch.plan.slot[row])
         state = None

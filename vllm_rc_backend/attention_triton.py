@@ -14,12 +14,13 @@ from torch import Tensor
 
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
-from vllm_rc_backend.kernels.triton.decode import decode_kernel
-from vllm_rc_backend.kernels.triton.select import select_kernel
+from vllm_rc_backend.kernels.triton.decode import PARTIAL_STATS, decode_kernel
+from vllm_rc_backend.kernels.triton.matmul import INTERPRETED
 from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
 from vllm_rc_backend.kernels.triton.statistics import finish_pages_kernel
 from vllm_rc_backend.kernels.triton.summary import plan_kernel
 from vllm_rc_backend.kernels.triton.update import update_kernel
+from vllm_rc_backend.selection.runs import rotate
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
 COUNTERS = (
@@ -36,6 +37,7 @@ many had no summary), tokens in their contexts, tokens whose K and V one KV head
 read, and the residual's share of the softmax mass (of KV head 0, in millionths)."""
 
 GROUP_RULES = ("max", "mean")
+COMPLETIONS = ("linear", "paged", "none")
 POLICY_QUERY_MAPS = {"box": "abs", "mean_var": "square", "moba": "none", "runs": "runs"}
 
 
@@ -56,8 +58,10 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         raise ValueError(
             f"statistics_bits={layout.statistics_bits} has no GPU kernel with selection=runs; allowed: 2"
         )
-    if layout.completion.name not in ("linear", "none"):
-        raise ValueError(f"completion={layout.completion.name} has no GPU kernel; allowed: linear, none")
+    if layout.completion.name not in COMPLETIONS:
+        raise ValueError(
+            f"completion={layout.completion.name} has no GPU kernel; allowed: {', '.join(COMPLETIONS)}"
+        )
     geometry = layout.geometry
     if geometry.budget >= 1:
         geometry = dataclasses.replace(geometry, budget=int(geometry.budget))
@@ -70,7 +74,17 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         spread_weight=float(getattr(policy, "weight", 0.0)),
         group_rule=group_rule,
         completion=layout.completion.name,
+        vectors=layout.vectors,
     )
+
+
+def rotation_matrix(head_size: int, device: torch.device | str) -> Tensor:
+    """What ``kernels.triton.runs`` rotates with: ones and minus ones (zeros between blocks), bfloat16 ``[d, d]``.
+
+    Column ``place * d/4 + j`` holds element ``4 j + place``, so that the elements of one place in a byte are neighbours.
+    """
+    matrix = rotate(torch.eye(head_size)).sign()
+    return matrix.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1).to(torch.bfloat16).to(device)
 
 
 def most_retrieved_pages(geometry: Geometry, max_model_len: int) -> int:
@@ -85,19 +99,24 @@ def most_retrieved_pages(geometry: Geometry, max_model_len: int) -> int:
 class Tuning:
     """Launch parameters, measured on an H200 (docs/performance.md)."""
 
-    processors: int = 132
-    score_bytes: int = 8192  # statistics in flight per buffer
+    score_elements: int = 16384  # bytes of statistics, padding included, at a time
     score_warps: int = 4
-    score_stages: int = 3
-    score_programs: int = 5  # per multiprocessor
+    score_stages: int = 5
+    score_programs: int = 4  # per multiprocessor
     decode_elements: int = 8192  # of K, and as many of V, at a time
     decode_warps: int = 4
     decode_stages: int = 2
     decode_programs: int = 3  # per multiprocessor
     most_splits: int = 16
+    joint_splits: int = 16
     merge_elements: int = 8192  # of partial results at a time
     update_columns: int = 32
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
+
+
+JOINT_PROGRAMS = 2
+"""Programs of 128 threads, which have at most 255 registers each and less than half of the shared memory, that fit into a
+multiprocessor at the same time whatever else they need."""
 
 
 class Workspace:
@@ -120,16 +139,14 @@ class Workspace:
         self.tuning = tuning = tuning or Tuning()
         self.max_rows = max_rows
         geometry, heads = shape.geometry, shape.heads
-        self.overlap = (
-            tuning.overlap
-            and torch.device(device).type == "cuda"
-            and torch.cuda.get_device_capability(device) >= (9, 0)
-        )
-        # Pages whose vectors are in flight at a time; those of the policy runs are 8 to a page.
-        page_bytes = (
-            shape.block_d * statistics_bits // 8 * (shape.vectors if shape.query_map == "runs" else 1)
-        )
-        self.score_tile = max(32, min(tuning.score_bytes // page_bytes, 128))
+        cuda = torch.device(device).type == "cuda"
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
+        self.overlap = tuning.overlap and cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+        if shape.query_map == "runs":
+            page_bytes = shape.vectors * shape.block_q
+        else:
+            page_bytes = shape.block_d * statistics_bits // 8
+        self.score_tile = max(32, min(tuning.score_elements // page_bytes, 128))
         self.decode_tile = max(16, min(tuning.decode_elements // shape.block_d, 128))
         self.merge_splits = max(1, min(tuning.merge_elements // (shape.merge_rows * shape.block_d), 16))
         self.max_pages = max(max_model_len // geometry.page_size, 1)
@@ -149,31 +166,51 @@ class Workspace:
         def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
+        paged = shape.completion == "paged"
         self.keys = empty(max_rows, heads, self.max_pages)
-        self.maxima = empty(max_rows, heads, self.max_groups)
+        self.maxima = empty(max_rows, heads, self.max_groups if self.neighbours > 1 else 0)
+        self.head_scores = empty(
+            max_rows, heads, self.max_pages if paged else 0, shape.group, dtype=torch.float16
+        )
+        self.chosen = empty(max_rows, heads, self.max_selected)
         self.selected = empty(max_rows, heads, self.max_selected)
-        most_partials = max(rows * (self.decode_splits(rows) + 1) for rows in range(1, max_rows + 1)) * heads
+        every = range(1, max_rows + 1)
+        most_scorers = max(rows * self.score_splits(rows) for rows in every) * heads
+        self.masses = empty(most_scorers if paged else 0, 2, shape.block_n, dtype=torch.float32)
+        most_splits = max(rows * self.attend_splits(rows) for rows in every) * heads
+        self.groups = empty(most_splits if self.neighbours > 1 else 0, self.max_selected)
+        most_partials = most_splits + max_rows * heads
         self.partial_out = empty(most_partials, shape.merge_rows, shape.block_d, dtype=torch.float32)
-        self.partial_stats = empty(most_partials, 3, shape.merge_rows, dtype=torch.float32)
+        self.partial_stats = empty(most_partials, PARTIAL_STATS.value, shape.merge_rows, dtype=torch.float32)
         self.arrivals = torch.zeros(2, max_rows, heads, dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        self.rotation = rotation_matrix(shape.head_size, device) if shape.query_map == "runs" else None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
+    def joint(self, rows: int) -> bool:
+        """Whether both phases of a decode are one launch: all its programs must run at the same time, two at least for
+        each (row, head). Triton's interpreter runs one after the other."""
+        return not INTERPRETED.value and 2 * rows * self.shape.heads <= JOINT_PROGRAMS * self.processors
+
     def score_splits(self, rows: int) -> int:
         """Programs that score the pages of one (row, head)."""
-        tuning = self.tuning
+        most = -(-self.max_pages // self.score_tile)
+        if self.joint(rows):
+            return max(1, min(self.attend_splits(rows), most))
         # As many as find room at the same time: a second wave would leave most of the GPU idle at its end.
-        wanted = tuning.processors * tuning.score_programs // (rows * self.shape.heads)
-        return max(1, min(wanted, -(-self.max_pages // self.score_tile)))
+        wanted = self.processors * self.tuning.score_programs // (rows * self.shape.heads)
+        return max(1, min(wanted, most))
 
-    def decode_splits(self, rows: int) -> int:
+    def attend_splits(self, rows: int) -> int:
         """Programs that attend to the tokens of one (row, head), the summary's aside."""
-        tuning = self.tuning
-        wanted = -(-tuning.processors * tuning.decode_programs // (rows * self.shape.heads))
+        lanes, tuning = rows * self.shape.heads, self.tuning
+        if self.joint(rows):
+            return max(1, min(JOINT_PROGRAMS * self.processors // lanes, tuning.joint_splits))
+        wanted = -(-self.processors * tuning.decode_programs // lanes)
         return max(1, min(wanted, tuning.most_splits))
 
 
@@ -277,6 +314,7 @@ class TritonAttention:
             query_start,
             self.store.codes,
             self.store.scales,
+            self.workspace.rotation,
             self.key_scale,
             *kv.stride()[:3],
             block_table.stride(0),
@@ -305,8 +343,11 @@ class TritonAttention:
         """
         kv = self._cache(kv_cache)
         self.update(kv, block_table, seq_lens, plan)
-        self.select(query, block_table, seq_lens)
-        self.attend(query, kv, block_table, seq_lens, plan, out)
+        if self.workspace.joint(len(seq_lens)):
+            self.launch(query, kv, block_table, seq_lens, plan, out)
+        else:
+            self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
+            self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
 
     def update(self, kv: Tensor, block_table: Tensor, seq_lens: Tensor, plan: SummaryPlan | None) -> None:
         """First launch: statistics of pages finished by this token, and the summaries' part of the plan."""
@@ -319,6 +360,7 @@ class TritonAttention:
             seq_lens,
             store.codes,
             store.scales,
+            self.workspace.rotation,
             store.states,
             *((None,) * 4 if plan is None else (plan.slot, plan.source, plan.first, plan.last)),
             self.key_scale,
@@ -332,38 +374,7 @@ class TritonAttention:
             num_warps=4,
         )
 
-    def select(self, query: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
-        """Second launch: page scores and the pages of each (row, head), into ``workspace.selected``."""
-        work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
-        select_kernel[(self.shape.heads, work.score_splits(rows), rows)](
-            query,
-            self.store.codes,
-            self.store.scales,
-            block_table,
-            seq_lens,
-            work.keys,
-            work.maxima,
-            work.selected,
-            work.arrivals[0],
-            work.counters,
-            self.scale,
-            query.stride(0),
-            query.stride(1),
-            block_table.stride(0),
-            work.max_pages,
-            work.max_groups,
-            work.max_selected,
-            S=self.shape,
-            TILE=work.score_tile,
-            GROUP=work.neighbours,
-            BLOCKS=work.select_blocks,
-            STAGES=tuning.score_stages,
-            OVERLAP=work.overlap,
-            num_warps=tuning.score_warps,
-            launch_pdl=work.overlap,
-        )
-
-    def attend(
+    def launch(
         self,
         query: Tensor,
         kv: Tensor,
@@ -371,19 +382,35 @@ class TritonAttention:
         seq_lens: Tensor,
         plan: SummaryPlan | None,
         out: Tensor,
+        scores: bool = True,
+        attends: bool = True,
     ) -> None:
-        """Third launch: attention over the selected pages and anchors (or all tokens), completed."""
+        """Page scores, then attention over the best pages and anchors or over all tokens, completed; or one of the two."""
         work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
-        decode_kernel[(self.shape.heads, work.decode_splits(rows) + 1, rows)](
+        scorers, splits = work.score_splits(rows), work.attend_splits(rows)
+        joint = scores and attends
+        if not joint:
+            splits = scorers if scores else splits + 1
+        decode_kernel[(self.shape.heads, splits, rows)](
             query,
             kv,
+            work.rotation,
+            self.store.codes,
+            self.store.scales,
+            self.store.states,
             block_table,
             seq_lens,
-            work.selected,
-            self.store.states,
             None if plan is None else plan.slot,
+            work.keys,
+            work.maxima,
+            work.head_scores,
+            work.masses,
+            work.groups,
+            work.chosen,
+            work.selected,
             work.partial_out,
             work.partial_stats,
+            work.arrivals[0],
             work.arrivals[1],
             out,
             work.counters,
@@ -396,14 +423,24 @@ class TritonAttention:
             block_table.stride(0),
             out.stride(0),
             out.stride(1),
+            work.max_pages,
+            work.max_groups,
             work.max_selected,
+            scorers,
+            SCORES=scores,
+            ATTENDS=attends,
             S=self.shape,
+            SCORE_TILE=work.score_tile,
+            SCORE_STAGES=tuning.score_stages,
+            MASSES=16,
+            GROUP=work.neighbours,
+            BLOCKS=work.select_blocks,
             TILE=work.decode_tile,
             MERGE=work.merge_splits,
-            OVERLAP=work.overlap,
-            num_warps=tuning.decode_warps,
+            OVERLAP=work.overlap and not joint,
+            num_warps=tuning.decode_warps if attends else tuning.score_warps,
             num_stages=tuning.decode_stages,
-            launch_pdl=work.overlap,
+            launch_pdl=work.overlap and not joint,
         )
 
     def _cache(self, kv_cache: Tensor) -> Tensor:

@@ -155,13 +155,14 @@ class RCTopKConfig:
         if self.statistics_bits is not None and self.statistics_bits not in bits:
             hint = f"selection is {self.selection}."
             raise OptionError("statistics_bits", self.statistics_bits, self._allowed("statistics_bits"), hint)
-        if KINDS[self.completion].needs_mean and not POLICIES[self.selection].has_mean:
+        if KINDS[self.completion].needs_mass and not POLICIES[self.selection].estimates_mass:
             raise OptionError(
                 "completion",
                 self.completion,
-                f"{', '.join(sorted(n for n, c in KINDS.items() if not c.needs_mean))} with "
+                f"{', '.join(sorted(n for n, c in KINDS.items() if not c.needs_mass))} with "
                 f"selection={self.selection}",
-                f"Policies that keep mean keys: {', '.join(sorted(n for n, p in POLICIES.items() if p.has_mean))}.",
+                "Policies whose scores estimate a page's mass: "
+                f"{', '.join(sorted(n for n, p in POLICIES.items() if p.estimates_mass))}.",
             )
         weight = self.selection_weight
         if weight is not None:

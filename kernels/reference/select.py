@@ -57,15 +57,15 @@ def select_pages(scores: Tensor, count: int) -> Tensor:
     return order[..., :count].sort(dim=-1).values
 
 
-def unread_log_mass(mean_scores: Tensor, selected: Tensor, page_size: int) -> Tensor:
-    """Jensen's bound of the softmax mass of the pages that were not selected: log sum page_size * exp(q.mean(k)).
+def unread_log_mass(scores: Tensor, selected: Tensor, page_size: int) -> Tensor:
+    """Estimated softmax mass of the pages that were not selected: log of the sum of page_size * exp(score).
 
     Args:
-        mean_scores: float32 ``[..., group, pages]``, the policy's ``mean_score`` of the mid region's pages.
+        scores: float32 ``[..., group, pages]`` of the mid region's pages, by a policy that ``estimates_mass``.
         selected: int64 ``[..., count]``, indices into those pages.
 
     Returns:
         ``[..., group]``; -inf if every page was selected.
     """
-    index = selected.unsqueeze(-2).expand(*mean_scores.shape[:-1], -1)
-    return mean_scores.scatter(-1, index, -torch.inf).logsumexp(dim=-1) + math.log(page_size)
+    index = selected.unsqueeze(-2).expand(*scores.shape[:-1], -1)
+    return scores.scatter(-1, index, -torch.inf).logsumexp(dim=-1) + math.log(page_size)

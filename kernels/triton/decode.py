@@ -1,8 +1,13 @@
-"""Attention over what is read, joined with the estimate of what is not: twin of ``reference.decode_sparse``.
+"""A decode step: page scores, then attention over what is read, joined with the estimate of what is not. Twin of
+``reference.score_pages``, ``reference.select_pages`` and ``reference.decode_sparse``.
 
-One launch. Splits of a (row, head) share out its tokens: first those of the retrieved pages, then the anchors; a row
-that is not sparse has only "anchors", all of its tokens. One more program takes the summary. Each writes a partial
-result; the last to arrive merges them and divides once.
+Two phases. First the programs of a (row, KV head) score its pages between them (``score.py``). Then they share out its
+tokens: those of the retrieved pages, of which each finds its own share (``choose.py``), and the anchors; a row that is
+not sparse has only "anchors", all of its tokens. Each writes a partial result, what the summary says of the query is
+one more, and the last to arrive merges them and divides once.
+
+In a small batch both phases are one launch, and programs wait in between until the scores of their (row, KV head) are
+there; it must be small enough for all programs to run at the same time. Otherwise each phase is a launch.
 
 The retrieved tokens' sum of values is wanted too, and comes out of the same matrix product: a query row that scores 0
 on retrieved tokens and minus infinity on all others has it as its unnormalised output.
@@ -11,11 +16,17 @@ on retrieved tokens and minus infinity on all others has it as its unnormalised 
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.triton.choose import choose_pages
 from vllm_rc_backend.kernels.triton.linear import LOG2_E, residual, tilt
+from vllm_rc_backend.kernels.triton.mass import retrieved_mass, unread_log_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
-from vllm_rc_backend.kernels.triton.overlap import wait_for_previous
+from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
+from vllm_rc_backend.kernels.triton.score import score_pages
+
+PARTIAL_STATS = tl.constexpr(5)
+"""Rows of numbers beside a partial result: maximum, sum, sum of scores; of ``retrieved_mass`` maximum and sum."""
 
 
 @triton.jit
@@ -58,7 +69,6 @@ def _attend(
     end,
     n_retrieved,
     resume,
-    seq_len,
     scale,
     stride_block,
     stride_token,
@@ -112,14 +122,24 @@ def _attend(
 def decode_kernel(
     query,
     kv,
+    rotation,
+    codes,
+    scales,
+    states,
     block_table,
     seq_lens,
-    selected,
-    states,
     slots,
+    keys,
+    maxima,
+    head_scores,
+    masses,
+    groups,
+    chosen,
+    selected,
     partial_out,
     partial_stats,
-    arrivals,
+    scored,
+    attended,
     out,
     counters,
     scale,
@@ -133,35 +153,58 @@ def decode_kernel(
     stride_table,
     stride_out,
     stride_out_head,
+    max_pages,
+    max_groups,
     max_selected,
+    scorers,
+    SCORES: tl.constexpr,
+    ATTENDS: tl.constexpr,
     S: tl.constexpr,
+    SCORE_TILE: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
+    MASSES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     MERGE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (heads, most_splits + 1, rows); the last split takes the summary.
+    """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. A launch that ATTENDS
+    only has one more split, which takes the summary; in one launch the last that has tokens does.
 
     Args:
         query: ``[rows, heads * group, head_size]``, unscaled.
-        selected: int32 ``[rows, heads, max_selected]``, physical pages, from ``select_kernel``.
-        states, slots: summaries, and the slot of each row or -1.
-        partial_out: float32 ``[rows, heads, most_splits + 1, merge_rows, block_d]`` scratch.
-        partial_stats: float32 ``[rows, heads, most_splits + 1, 3, merge_rows]`` scratch: maximum, sum, sum of scores.
-        arrivals: int32 ``[rows, heads]``, zero between launches.
+        kv: the cache ``[block, head, token, K then V]``.
+        rotation: for ``runs``, see ``runs.query_parts``.
+        codes, scales, states: the side store.
+        slots: int32 ``[rows]``, the slot of each row's summary or -1.
+        keys, maxima, head_scores: ``[rows, heads, max_pages or max_groups]`` scratch, see ``score.score_pages``.
+        masses: float32 ``[rows, heads, scorers, 2, block_n]`` scratch, see there.
+        groups: int32 ``[rows, heads, splits, max_selected]`` scratch, see ``choose.choose_pages``.
+        chosen, selected: int32 ``[rows, heads, max_selected]`` out, see there.
+        partial_out: float32 ``[rows, heads, splits + 1, merge_rows, block_d]`` scratch.
+        partial_stats: float32 ``[rows, heads, splits + 1, PARTIAL_STATS, merge_rows]`` scratch.
+        scored, attended: int32 ``[rows, heads]``, programs that have done the phase; zero between launches.
         out: ``[rows, heads * group, head_size]``.
         counters: int64, see ``attention_triton.COUNTERS``.
+        scorers: splits of the scoring phase.
     """
     g: tl.constexpr = S.geometry
-    M: tl.constexpr = S.block_m
+    R: tl.constexpr = S.merge_rows
     D: tl.constexpr = S.block_d
+    if not ATTENDS:
+        let_next_start(OVERLAP)
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    most_splits = tl.num_programs(1) - 1
+    most_splits = tl.num_programs(1)
+    if not SCORES:
+        most_splits -= 1
     seq_len = tl.load(seq_lens + row)
     sparse = is_sparse(seq_len, g)
     end_of_mid = mid_end(seq_len, g)
+    pages = end_of_mid - g.sink_pages
     n_retrieved = tl.where(sparse, retrieved_pages(seq_len, g) * g.page_size, 0)
     resume = tl.where(sparse, end_of_mid * g.page_size, g.sink_tokens)
-    n_mid = (end_of_mid - g.sink_pages) * g.page_size
+    n_mid = pages * g.page_size
     n_read = n_retrieved + g.sink_tokens + seq_len - resume
     # Each split takes whole pages, as even as they come; splits without any do not take part.
     share = tl.maximum(tl.cdiv(tl.cdiv(n_read, most_splits), g.page_size), 1) * g.page_size
@@ -169,86 +212,234 @@ def decode_kernel(
     slot = -1
     if S.completion != "none":
         slot = tl.where(sparse, tl.load(slots + row), -1)
-    arriving = splits + (slot >= 0).to(tl.int32)
 
-    wait_for_previous(OVERLAP)
-    if (split < splits) | ((split == most_splits) & (slot >= 0)):
-        lane = row.to(tl.int64) * S.heads + head
-        heads = tl.arange(0, M)
-        cols = tl.arange(0, D)
-        member = heads < S.group
-        R: tl.constexpr = S.merge_rows
-        partial_out += lane * (most_splits + 1) * R * D
-        partial_stats += lane * (most_splits + 1) * 3 * R
-        query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
-        counted = heads <= S.group
-        kept = counted[:, None] & (cols < S.head_size)[None, :]
-        tile_at = heads[:, None] * D + cols[None, :]
+    lane = row.to(tl.int64) * S.heads + head
+    keys += lane * max_pages
+    maxima += lane * max_groups
+    head_scores += lane * max_pages * S.group
+    masses += lane * scorers * (2 * S.block_n)
+    selected += lane * max_selected
+    chosen += lane * max_selected
+    partial_out += lane * (most_splits + 1) * R * D
+    partial_stats += lane * (most_splits + 1) * PARTIAL_STATS * R
+    query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
+    block_table += row.to(tl.int64) * stride_table
+    state = states + (tl.maximum(slot, 0).to(tl.int64) * S.heads + head) * (2 * S.state_rows * S.head_size)
 
-        state = states + (tl.maximum(slot, 0).to(tl.int64) * S.heads + head) * (
-            2 * S.state_rows * S.head_size
-        )
-        if split < most_splits:
-            q = tl.load(
-                query + heads[:, None] * stride_query_head + cols[None, :],
-                mask=member[:, None] & (cols < S.head_size)[None, :],
-                other=0.0,
-            )
-            o, m, total, scores_sum = _attend(
-                q,
-                kv + head.to(tl.int64) * stride_head,
-                block_table + row.to(tl.int64) * stride_table,
-                selected + lane * max_selected,
-                split * share,
-                tl.minimum((split + 1) * share, n_read),
-                n_retrieved,
-                resume,
-                seq_len,
-                scale * key_scale * LOG2_E,
-                stride_block,
-                stride_token,
-                S,
-                TILE,
-            )
-            tl.store(partial_out + split * R * D + tile_at, o * value_scale, mask=kept)
-            tl.store(partial_stats + split * 3 * R + heads, m, mask=counted)
-            tl.store(partial_stats + split * 3 * R + R + heads, total, mask=counted)
-            tl.store(partial_stats + split * 3 * R + 2 * R + heads, scores_sum, mask=counted)
-        elif S.completion == "linear":
-            rows, q_K1 = tilt(query, stride_query_head, state, n_mid.to(tl.float32), scale, S, 64)
-            tl.store(partial_out + most_splits * R * D + tile_at, rows, mask=kept)
-            tl.store(partial_stats + most_splits * 3 * R + heads, q_K1, mask=counted)
-
-        tl.debug_barrier()  # all of this program's partial is written before it arrives
-        if tl.atomic_add(arrivals + lane, 1, sem="acq_rel") == arriving - 1:
-            tl.store(arrivals + lane, 0)
-            _merge(
-                partial_out,
-                partial_stats,
-                splits,
-                slot,
-                n_mid,
-                n_retrieved,
-                out + row.to(tl.int64) * stride_out + head * S.group * stride_out_head,
-                stride_out_head,
-                counters,
+    if SCORES:
+        if sparse & (split < scorers):
+            score_pages(
+                query,
+                stride_query_head,
+                rotation,
+                codes,
+                scales,
+                block_table,
                 head,
-                most_splits,
+                pages,
+                split,
+                scorers,
+                keys,
+                maxima,
+                head_scores,
+                masses + split * (2 * S.block_n),
+                scale,
                 S,
-                MERGE,
+                SCORE_TILE,
+                GROUP,
+                SCORE_STAGES,
             )
-            if head == 0:
-                tl.atomic_add(counters + tl.where(sparse, 0, 1), (seq_len > 0).to(tl.int64), sem="relaxed")
-                tl.atomic_add(counters + 3, seq_len.to(tl.int64), sem="relaxed")
-                tl.atomic_add(counters + 4, n_read.to(tl.int64), sem="relaxed")
-                if S.completion != "none":
-                    tl.atomic_add(counters + 2, (sparse & (slot < 0)).to(tl.int64), sem="relaxed")
+    wait_for_previous(OVERLAP)
+    if ATTENDS:
+        summarises = (slot >= 0) & (split == most_splits)
+        if SCORES:
+            summarises = (slot >= 0) & (split == splits - 1)
+            if sparse:
+                tl.debug_barrier()  # all of this program's keys are written before it arrives
+                tl.atomic_add(scored + lane, 1, sem="release")
+        if S.completion != "none":
+            if summarises:
+                _summarise(
+                    query,
+                    stride_query_head,
+                    state,
+                    n_mid,
+                    scale,
+                    partial_out + most_splits * R * D,
+                    partial_stats + most_splits * PARTIAL_STATS * R,
+                    S,
+                )
+        if (split < splits) | summarises:
+            if split < splits:
+                first = split * share // g.page_size
+                last = tl.minimum((split + 1) * share, n_retrieved) // g.page_size
+                if first < last:
+                    if SCORES:
+                        # All programs of the launch run at the same time, so this ends.
+                        while tl.atomic_add(scored + lane, 0, sem="acquire") < most_splits:
+                            pass
+                    choose_pages(
+                        keys,
+                        maxima,
+                        groups + (lane * most_splits + split) * max_selected,
+                        chosen,
+                        selected,
+                        block_table,
+                        pages,
+                        n_retrieved // g.page_size,
+                        first,
+                        last,
+                        S,
+                        GROUP,
+                        BLOCKS,
+                    )
+                _attend_split(
+                    query,
+                    stride_query_head,
+                    kv + head.to(tl.int64) * stride_head,
+                    block_table,
+                    selected,
+                    chosen,
+                    head_scores,
+                    split * share,
+                    tl.minimum((split + 1) * share, n_read),
+                    n_retrieved,
+                    resume,
+                    scale * key_scale * LOG2_E,
+                    value_scale,
+                    stride_block,
+                    stride_token,
+                    partial_out + split * R * D,
+                    partial_stats + split * PARTIAL_STATS * R,
+                    S,
+                    TILE,
+                )
+            arriving = splits
+            if not SCORES:
+                arriving += (slot >= 0).to(tl.int32)
+            tl.debug_barrier()  # all of this program's partial is written before it arrives
+            if tl.atomic_add(attended + lane, 1, sem="acq_rel") == arriving - 1:
+                tl.store(attended + lane, 0)
+                tl.store(scored + lane, 0)
+                _merge(
+                    partial_out,
+                    partial_stats,
+                    masses,
+                    scorers,
+                    splits,
+                    slot,
+                    n_mid,
+                    n_retrieved,
+                    out + row.to(tl.int64) * stride_out + head * S.group * stride_out_head,
+                    stride_out_head,
+                    counters,
+                    head,
+                    most_splits,
+                    S,
+                    MERGE,
+                    MASSES,
+                )
+                if head == 0:
+                    _count(counters, sparse, slot, seq_len, n_read, pages, S)
+
+
+@triton.jit
+def _count(counters, sparse, slot, seq_len, n_read, pages, S: tl.constexpr):
+    """One row's part of ``attention_triton.COUNTERS``, the residual's share aside."""
+    tl.atomic_add(counters + tl.where(sparse, 0, 1), (seq_len > 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 3, seq_len.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 4, n_read.to(tl.int64), sem="relaxed")
+    if S.completion != "none":
+        tl.atomic_add(counters + 2, (sparse & (slot < 0)).to(tl.int64), sem="relaxed")
+    if sparse:
+        tl.atomic_add(counters + 5, pages.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _summarise(query, stride_query_head, state, n_mid, scale, partial_out, partial_stats, S: tl.constexpr):
+    """Write what the summary says of the query before it is known what was retrieved, as one more partial."""
+    heads = tl.arange(0, S.block_m)
+    cols = tl.arange(0, S.block_d)
+    counted = heads <= S.group
+    rows, q_K1 = tilt(query, stride_query_head, state, n_mid.to(tl.float32), scale, S, 64)
+    tl.store(
+        partial_out + heads[:, None] * S.block_d + cols[None, :],
+        rows,
+        mask=counted[:, None] & (cols < S.head_size)[None, :],
+    )
+    tl.store(partial_stats + heads, q_K1, mask=counted)
+
+
+@triton.jit
+def _attend_split(
+    query,
+    stride_query_head,
+    kv,
+    block_table,
+    selected,
+    chosen,
+    head_scores,
+    begin,
+    end,
+    n_retrieved,
+    resume,
+    scale,
+    value_scale,
+    stride_block,
+    stride_token,
+    partial_out,
+    partial_stats,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the partial result of positions ``[begin, end)`` of the reading order; arguments as ``_attend``."""
+    g: tl.constexpr = S.geometry
+    R: tl.constexpr = S.merge_rows
+    heads = tl.arange(0, S.block_m)
+    cols = tl.arange(0, S.block_d)
+    counted = heads <= S.group
+    q = tl.load(
+        query + heads[:, None] * stride_query_head + cols[None, :],
+        mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
+        other=0.0,
+    )
+    out, m, total, scores_sum = _attend(
+        q,
+        kv,
+        block_table,
+        selected,
+        begin,
+        end,
+        n_retrieved,
+        resume,
+        scale,
+        stride_block,
+        stride_token,
+        S,
+        TILE,
+    )
+    tl.store(
+        partial_out + heads[:, None] * S.block_d + cols[None, :],
+        out * value_scale,
+        mask=counted[:, None] & (cols < S.head_size)[None, :],
+    )
+    tl.store(partial_stats + heads, m, mask=counted)
+    tl.store(partial_stats + R + heads, total, mask=counted)
+    tl.store(partial_stats + 2 * R + heads, scores_sum, mask=counted)
+    if S.completion == "paged":
+        m, total = retrieved_mass(
+            chosen, head_scores, begin // g.page_size, tl.minimum(end, n_retrieved) // g.page_size, S
+        )
+        tl.store(partial_stats + 3 * R + heads, m, mask=counted)
+        tl.store(partial_stats + 4 * R + heads, total, mask=counted)
 
 
 @triton.jit
 def _merge(
     partial_out,
     partial_stats,
+    masses,
+    scorers,
     splits,
     slot,
     n_mid,
@@ -260,30 +451,33 @@ def _merge(
     most_splits,
     S: tl.constexpr,
     MERGE: tl.constexpr,
+    MASSES: tl.constexpr,
 ):
     """Add up the partials of one (row, head), the residual's among them, and divide."""
-    M: tl.constexpr = S.merge_rows
+    R: tl.constexpr = S.merge_rows
     D: tl.constexpr = S.block_d
-    heads = tl.arange(0, M)
+    heads = tl.arange(0, R)
     cols = tl.arange(0, D)
     counted = heads <= S.group
     kept = counted[:, None] & (cols < S.head_size)[None, :]
     tile_at = heads[:, None] * D + cols[None, :]
-    m = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    scores_sum = tl.zeros([M], tl.float32)
-    o = tl.zeros([M, D], tl.float32)
+    m = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    scores_sum = tl.zeros([R], tl.float32)
+    mass_m = tl.full([R], float("-inf"), tl.float32)
+    mass = tl.zeros([R], tl.float32)
+    o = tl.zeros([R, D], tl.float32)
     for start in range(0, splits, MERGE):
         # Unrolled, so that many loads are under way at once: each is a trip to the second-level cache.
         for i in tl.static_range(MERGE):
             split = start + i
             there = heads <= tl.where(split < splits, S.group, -1)
-            at = partial_stats + split * 3 * M + heads
+            at = partial_stats + split * PARTIAL_STATS * R + heads
             m_part = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
-            total_part = tl.load(at + M, mask=there, other=0.0, cache_modifier=".cg")
-            scores_sum += tl.load(at + 2 * M, mask=there, other=0.0, cache_modifier=".cg")
+            total_part = tl.load(at + R, mask=there, other=0.0, cache_modifier=".cg")
+            scores_sum += tl.load(at + 2 * R, mask=there, other=0.0, cache_modifier=".cg")
             o_part = tl.load(
-                partial_out + split * M * D + tile_at,
+                partial_out + split * R * D + tile_at,
                 mask=there[:, None] & (cols < S.head_size)[None, :],
                 other=0.0,
                 cache_modifier=".cg",
@@ -293,16 +487,27 @@ def _merge(
             total = total * decay + total_part * weight
             o = o * decay[:, None] + o_part * weight[:, None]
             m = new_m
-    if S.completion == "linear":
+            if S.completion == "paged":
+                m_part = tl.load(at + 3 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
+                mass_part = tl.load(at + 4 * R, mask=there, other=0.0, cache_modifier=".cg")
+                new_m = tl.maximum(mass_m, m_part)
+                mass = mass * tl.exp2(mass_m - _finite(new_m)) + mass_part * tl.exp2(m_part - _finite(new_m))
+                mass_m = new_m
+    if S.completion != "none":
         if slot >= 0:
             rows = tl.load(
-                partial_out + most_splits * M * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg"
+                partial_out + most_splits * R * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg"
             )
             q_K1 = tl.load(
-                partial_stats + most_splits * 3 * M + heads, mask=counted, other=0.0, cache_modifier=".cg"
+                partial_stats + most_splits * PARTIAL_STATS * R + heads,
+                mask=counted,
+                other=0.0,
+                cache_modifier=".cg",
             )
             log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
-            M_all = tl.maximum(m, log_mass)
+            if S.completion == "paged":
+                log_mass = unread_log_mass(masses, scorers, mass_m, mass, S, MASSES)
+            M_all = _finite(tl.maximum(m, log_mass))
             D_U = tl.exp2(log_mass - M_all)
             shrink = tl.exp2(m - M_all)
             total = total * shrink + D_U

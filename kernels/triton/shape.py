@@ -25,7 +25,8 @@ class Shape:
             for a policy with one vector; ``runs`` for the policy of that name, whose score is of another form.
         spread_weight: weight of that second term.
         group_rule: ``max`` or ``mean`` over the query heads of a KV head.
-        completion: ``linear`` or ``none``.
+        completion: ``linear``, ``paged`` or ``none``.
+        vectors: statistics kept per page.
     """
 
     geometry: Geometry
@@ -36,11 +37,7 @@ class Shape:
     spread_weight: float
     group_rule: str
     completion: str
-
-    @property
-    def vectors(self) -> int:
-        """Statistics kept per page."""
-        return {"none": 1, "runs": 8}.get(self.query_map, 2)
+    vectors: int
 
     @property
     def block_d(self) -> int:
@@ -60,7 +57,7 @@ class Shape:
     @property
     def block_n(self) -> int:
         """Query heads of a KV head padded to what a matrix instruction takes."""
-        return max(16, next_power_of_2(self.group))
+        return max(8, next_power_of_2(self.group))
 
     @property
     def block_m(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,39 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 RAGGED = (500, 1, 0, 131, 333)
 FP8 = {"kv_dtype": torch.float8_e4m3fn, "key_scale": 0.5, "value_scale": 2.0}
+RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
 CASES = {
+    "default": Case(**RUNS, completion="paged", head_size=128, seq_lens=RAGGED, heads=8),
+    "runs, head size 64, 1 query head": Case(**RUNS, completion="paged", group=1, seq_lens=RAGGED),
+    "runs, head size 96, 5 query heads, token-major, fp16": Case(
+        **RUNS, completion="paged", head_size=96, group=5, head_first=False, dtype=torch.float16
+    ),
+    "runs, head size 256, 16 query heads, pages of 32 in blocks of 2": Case(
+        **RUNS,
+        completion="paged",
+        head_size=256,
+        group=16,
+        page_size=32,
+        pages_per_block=2,
+        sink_tokens=32,
+        budget=256,
+    ),
+    "runs, fp8, mean over the group": Case(
+        **RUNS, **FP8, head_size=128, group=8, group_rule="mean", seq_lens=RAGGED
+    ),
+    "runs in two levels": Case(
+        **RUNS,
+        completion="paged",
+        head_size=128,
+        seq_lens=(6000, 700),
+        budget=150,
+        max_model_len=70_000,
+        heads=1,
+    ),
+    "runs, many rows": Case(
+        **RUNS, completion="paged", head_size=128, seq_lens=tuple(range(40, 680, 8)), heads=4, dtype=torch.float16
+    ),
+    "moba, mass from the scores": Case(selection="moba", completion="paged", seq_lens=RAGGED),
     "head size 64, 1 query head": Case(head_size=64, group=1),
     "head size 96, 2 query heads, fp16": Case(head_size=96, group=2, dtype=torch.float16, seq_lens=RAGGED),
     "head size 128, 5 query heads, token-major": Case(
@@ -47,7 +81,7 @@ def test_agrees_with_the_reference(name: str) -> None:
 
 def test_graph_replay_follows_changing_lengths() -> None:
     """One captured graph; rows come, go, finish pages and cross from dense to sparse."""
-    case = Case(seq_lens=(100, 300, 0, 150), statistics_bits=8)
+    case = Case(**RUNS, completion="paged", head_size=128, seq_lens=(100, 300, 0, 150))
     runner = Runner(case, "cuda", steps=40)
     runner.prefill()
     rows = len(case.seq_lens)
@@ -98,7 +132,7 @@ def test_ties_go_to_the_earlier_page() -> None:
 
 def test_the_result_is_the_same_every_time() -> None:
     """Whatever order the programs of a row arrive in."""
-    case = Case(seq_lens=(3000, 700), heads=4, budget=512, statistics_bits=8, completion="none")
+    case = Case(**RUNS, completion="none", head_size=128, seq_lens=(3000, 700), heads=4, budget=512)
     runner = Runner(case, "cuda")
     runner.prefill()
     query, lengths = runner.new_query(2), runner.tensor([3000, 700])

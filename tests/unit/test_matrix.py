@@ -78,7 +78,7 @@ class Decoding:
 MATRIX = [
     (selection, completion)
     for selection, completion in itertools.product(sorted(POLICIES), sorted(COMPLETIONS))
-    if POLICIES[selection].has_mean or not COMPLETIONS[completion].needs_mean
+    if POLICIES[selection].estimates_mass or not COMPLETIONS[completion].needs_mass
 ]
 
 

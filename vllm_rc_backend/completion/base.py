@@ -12,8 +12,8 @@ class Retrieved(NamedTuple):
     """The retrieved tokens of one row, which the summary also holds and must not count twice (float32).
 
     ``scores`` ``[..., heads, group, tokens]`` (scaled), ``keys`` and ``values`` ``[..., heads, tokens, head_size]``.
-    ``unread_log_mass`` ``[..., heads, group]``, for completions that need it: Jensen's bound of the log-mass of the
-    mid region's other pages, from their statistics.
+    ``unread_log_mass`` ``[..., heads, group]``, for completions that need it: the log-mass of the mid region's other
+    pages, as their scores estimate it.
     """
 
     scores: Tensor
@@ -38,8 +38,8 @@ class Completion:
     """Estimates what was not read. Every part of the state is a sum over tokens, so pages may be added in any order."""
 
     name: ClassVar[str]
-    needs_mean: ClassVar[bool] = False
-    """Whether it reads ``Retrieved.unread_log_mass``, and so goes with policies that keep mean keys only."""
+    needs_mass: ClassVar[bool] = False
+    """Whether it reads ``Retrieved.unread_log_mass``, and so goes only with policies that ``estimates_mass``."""
     precise_rows: ClassVar[int] = 0
     """Last rows of the state that decoding reads from both bfloat16 planes; the others from the high one."""
 

@@ -22,9 +22,19 @@ import torch
 from torch import Tensor
 
 from vllm_rc_backend import __version__
-from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Tuning, Workspace, make_shape
+from vllm_rc_backend.attention_triton import (
+    COMPLETIONS,
+    POLICY_QUERY_MAPS,
+    SummaryPlanner,
+    TritonAttention,
+    Tuning,
+    Workspace,
+    make_shape,
+)
+from vllm_rc_backend.config import RCTopKConfig
 from vllm_rc_backend.evaluation.kernel_check import Case, check, check_row
 from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags
+from vllm_rc_backend.selection import POLICIES
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
 K = 1024
@@ -403,9 +413,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=float, default=2048, help="tokens, or a share of the context below 1"
     )
-    parser.add_argument("--statistics-bits", type=int, choices=(2, 8, 16), default=8)
-    parser.add_argument("--selection", choices=("box", "mean_var", "moba", "runs"), default="box")
-    parser.add_argument("--completion", choices=("linear", "none"), default="linear")
+    parser.add_argument(
+        "--statistics-bits", type=int, choices=(2, 8, 16), help="default: those of the selection policy"
+    )
+    parser.add_argument("--selection", choices=tuple(POLICY_QUERY_MAPS), default=RCTopKConfig.selection)
+    parser.add_argument("--completion", choices=COMPLETIONS, default=RCTopKConfig.completion)
     parser.add_argument("--layout", choices=("HND", "NHD"), default="NHD", help="order inside a KV block")
     parser.add_argument(
         "--rows", nargs="*", metavar="CONTEXTxBATCH", help="such as 32Kx8; default: " + " ".join(_names())
@@ -433,10 +445,10 @@ def main(argv: list[str] | None = None) -> int:
         group=options.query_heads // options.kv_heads,
         head_size=options.head_size,
         page_size=options.page_size,
-        sink_tokens=options.page_size,
-        tail_tokens=64,
+        sink_tokens=-(-RCTopKConfig.sink_tokens // options.page_size) * options.page_size,
+        tail_tokens=RCTopKConfig.tail_tokens,
         budget=options.budget,
-        statistics_bits=options.statistics_bits,
+        statistics_bits=options.statistics_bits or POLICIES[options.selection].statistics_bits[0],
         selection=options.selection,
         completion=options.completion,
         head_first=options.layout == "HND",

@@ -256,6 +256,12 @@ class Runner:
         assert bool(((ours - theirs).abs() <= step).all()), "page statistics differ"
 
 
+def stored_statistics(store: SideStore, ids: Tensor) -> Tensor:
+    """float32 ``[heads, pages, vectors, head_size]`` of physical pages."""
+    scales = None if store.scales is None else store.scales[ids]
+    return reference.decode_statistics(store.codes[ids], scales).transpose(0, 1)
+
+
 def compare_selection(
     case: Case, attention: TritonAttention, ids: Tensor, row: int, seq_len: int, query: Tensor
 ) -> Tensor:
@@ -269,8 +275,7 @@ def compare_selection(
         int64 ``[heads, count]``, places in the mid region.
     """
     store, count = attention.store, case.geometry.retrieved_pages(seq_len)
-    scales = None if store.scales is None else store.scales[ids]
-    page_statistics = reference.decode_statistics(store.codes[ids], scales).transpose(0, 1)
+    page_statistics = stored_statistics(store, ids)
     scores = reference.score_pages(query, page_statistics, store.layout.policy, case.group_rule)
     needed = reference.select_pages(scores, count)
 
@@ -319,7 +324,11 @@ def check_row(
     else:
         mid = torch.arange(geometry.sink_pages, geometry.mid_end(seq_len), device=query.device)
         ids = kv.page_ids(block_table, mid)
-        pages = compare_selection(case, attention, ids, row, seq_len, q) + geometry.sink_pages
+        places = compare_selection(case, attention, ids, row, seq_len, q)
+        unread = None
+        if completion.needs_mass:
+            scores = case.layout.policy.score(q, stored_statistics(attention.store, ids))
+            unread = reference.unread_log_mass(scores, places, case.page_size)
         state = None
         if slot >= 0:
             first, last = (x * case.page_size for x in (geometry.sink_pages, geometry.mid_end(seq_len)))
@@ -328,7 +337,10 @@ def check_row(
             wrong = (planes.float().sum(dim=1) - exact).norm() / exact.norm()
             assert wrong < 2e-4, f"row {row}: summary differs by {wrong:.2e}"
             state = reference.read_state(planes, completion.precise_rows)
-        expected, _ = reference.decode_sparse(q, kv, block_table, seq_len, geometry, pages, completion, state)
+        pages = places + geometry.sink_pages
+        expected, _ = reference.decode_sparse(
+            q, kv, block_table, seq_len, geometry, pages, completion, state, unread
+        )
     expected = expected.flatten(0, 1)
     assert not out.isnan().any(), f"row {row}: output holds NaN or was not written"
     error = float((out.float() - expected).norm() / expected.norm())

@@ -188,9 +188,8 @@ def _select(rows: Tensor, statistics: Tensor, setting: Setting, count: int) -> t
     scores = by_row(setting.policy.score(flat, statistics))
     pages = select_pages(reduce_group(scores, setting.group_rule), count)  # [batch, heads, rows, count]
     unread = None
-    if setting.completion.needs_mean:
-        means = by_row(setting.policy.mean_score(flat, statistics))
-        unread = unread_log_mass(means, pages, setting.geometry.page_size).permute(2, 0, 1, 3)
+    if setting.completion.needs_mass:
+        unread = unread_log_mass(scores, pages, setting.geometry.page_size).permute(2, 0, 1, 3)
     return pages.permute(2, 0, 1, 3), unread
 
 

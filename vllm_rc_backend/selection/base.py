@@ -19,8 +19,8 @@ class PagePolicy:
     name: ClassVar[str]
     statistics_bits: ClassVar[tuple[int, ...]] = (16, 8)
     """Bits per element that the statistics may be stored at, the policy's default first."""
-    has_mean: ClassVar[bool] = False
-    """Whether the statistics hold the page's mean key, so that ``mean_score`` is there."""
+    estimates_mass: ClassVar[bool] = False
+    """Whether a score estimates the log of the mean of exp(q.k) over the page, so that scores add up to a mass."""
     takes_weight: ClassVar[bool] = False
     reads_keys: ClassVar[bool] = False
     """True for evaluation-only policies that read the page's keys instead of a statistic."""
@@ -51,8 +51,4 @@ class PagePolicy:
         Returns:
             ``[..., group, pages]``.
         """
-        raise NotImplementedError
-
-    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
-        """q.mean(k) of each page, shapes as ``score``; plus log page_size, Jensen's bound of its log-mass."""
         raise NotImplementedError

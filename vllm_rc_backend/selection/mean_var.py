@@ -20,7 +20,6 @@ class MeanVar(PagePolicy):
     """score = q.mean(k) + weight * q^2.var(k); weight 1/2 is the normal distribution's log-mass."""
 
     name: ClassVar[str] = "mean_var"
-    has_mean: ClassVar[bool] = True
     takes_weight: ClassVar[bool] = True
     weight: float = 0.5
 
@@ -33,6 +32,3 @@ class MeanVar(PagePolicy):
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         mean, variance = statistics.unbind(dim=-2)
         return query @ mean.mT + self.weight * (query.square() @ variance.mT)
-
-    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
-        return query @ statistics[..., 0, :].mT

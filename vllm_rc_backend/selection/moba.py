@@ -15,7 +15,7 @@ class MoBA(PagePolicy):
     """score = q.mean(k)."""
 
     name: ClassVar[str] = "moba"
-    has_mean: ClassVar[bool] = True
+    estimates_mass: ClassVar[bool] = True
 
     def vectors(self, head_size: int) -> int:
         return 1
@@ -25,5 +25,3 @@ class MoBA(PagePolicy):
 
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         return query @ statistics[..., 0, :].mT
-
-    mean_score = score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,11 +13,11 @@ from vllm_rc_backend.selection.base import PagePolicy
 
 @dataclass(frozen=True)
 class Oracle(PagePolicy):
-    """score = log sum_i exp(q.k_i) over the page."""
+    """score = log of the mean of exp(q.k_i) over the page."""
 
     name: ClassVar[str] = "oracle"
     reads_keys: ClassVar[bool] = True
-    has_mean: ClassVar[bool] = True
+    estimates_mass: ClassVar[bool] = True
 
     def vectors(self, head_size: int) -> int:
         return 0
@@ -26,7 +27,4 @@ class Oracle(PagePolicy):
 
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         scores = query.unsqueeze(-3) @ statistics.mT  # [..., pages, group, page_size]
-        return scores.logsumexp(dim=-1).mT
-
-    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
-        return query @ statistics.mean(dim=-2).mT
+        return (scores.logsumexp(dim=-1) - math.log(statistics.shape[-2])).mT

@@ -1,7 +1,9 @@
 """Runs: the mean keys of short runs of a page, rotated so that two bits an element are enough.
 
 Neighbouring keys resemble each other, so the mean of two of them stands for both, where one vector a page, or a box
-around it, mixes sixteen. The score is that of the best run. A Hadamard rotation spreads each key's few large elements
+around it, mixes sixteen. The score is the log of the mean of exp(q.mean) over the runs: by Jensen's inequality, run by
+run, a lower bound of the page's log-mass but for rounding, so that scores also add up to the mass of what is not read.
+A Hadamard rotation spreads each key's few large elements
 over all dimensions (as in QuIP, Chee et al., arXiv 2307.13304), after which the elements are close to normally
 distributed and a fixed grid of four levels quantises them: 8 vectors at 2 bits cost what one vector costs at 16. The
 noise of that grid averages out over the elements of a dot product, so smaller heads need more vectors: 16.
@@ -10,6 +12,7 @@ docs/accuracy.md compares it with the other policies.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -25,11 +28,11 @@ SMALL_HEAD = 64
 
 @dataclass(frozen=True)
 class Runs(PagePolicy):
-    """score = max_j q.mean(k of run j) over the page's runs."""
+    """score = log of the mean of exp(q.mean(k of run j)) over the page's runs."""
 
     name: ClassVar[str] = "runs"
     statistics_bits: ClassVar[tuple[int, ...]] = (2, 8, 16)
-    has_mean: ClassVar[bool] = True
+    estimates_mass: ClassVar[bool] = True
 
     def vectors(self, head_size: int) -> int:
         return 16 if head_size <= SMALL_HEAD else 8
@@ -42,16 +45,10 @@ class Runs(PagePolicy):
         return rotate(keys.unflatten(-2, (runs, -1)).mean(dim=-2))
 
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
-        return self._run_scores(query, statistics).amax(dim=-1)
-
-    def mean_score(self, query: Tensor, statistics: Tensor) -> Tensor:
-        return self._run_scores(query, statistics).mean(dim=-1)
-
-    def _run_scores(self, query: Tensor, statistics: Tensor) -> Tensor:
-        """``[..., group, pages, vectors]``: a rotation of both sides leaves every dot product as it was."""
+        # A rotation of both sides leaves every dot product as it was.
         scores = rotate(query) @ statistics.flatten(-3, -2).mT
         by_run: Tensor = scores.unflatten(-1, statistics.shape[-3:-1])
-        return by_run
+        return by_run.logsumexp(dim=-1) - math.log(statistics.shape[-2])
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ MATRIX = [
     (selection, completion)
     for selection in sorted(POLICIES)
     for completion in sorted(COMPLETIONS)
-    if POLICIES[selection].has_mean or not COMPLETIONS[completion].needs_mean
+    if POLICIES[selection].estimates_mass or not COMPLETIONS[completion].needs_mass
 ]
 
 

@@ -30,12 +30,14 @@ DEFAULT = {
     "budget": 2048,
     "max_model_len": 131072,
 }
+RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
 VARIANTS = {
-    "default": Case(**DEFAULT, statistics_bits=8),
+    "box": Case(**DEFAULT, statistics_bits=8),
     "16-bit statistics": Case(**DEFAULT),
-    "runs": Case(**DEFAULT, selection="runs", statistics_bits=2),
-    "runs, short contexts": Case(
-        **{**DEFAULT, "max_model_len": 32768, "head_size": 64}, selection="runs", statistics_bits=2
+    "default": Case(**DEFAULT, **RUNS, completion="paged"),
+    "linear": Case(**DEFAULT, **RUNS),
+    "short contexts, head size 64": Case(
+        **{**DEFAULT, "max_model_len": 32768, "head_size": 64}, **RUNS, completion="paged"
     ),
     "short contexts": Case(**{**DEFAULT, "max_model_len": 32768}, statistics_bits=8),
     "share": Case(**{**DEFAULT, "budget": 1 / 32}, statistics_bits=8),
@@ -47,21 +49,25 @@ VARIANTS = {
 }
 
 
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A kernel, its arguments and its launch options."""
+
+
 class Recorder:
-    """Stands in for a kernel: keeps the arguments of its launch."""
+    """Stands in for a kernel: keeps the arguments of its launches."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.launch: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: object) -> Any:
         def record(*args: Any, **options: Any) -> None:
-            self.launch = args, options
+            self.launches.append((args, options))
 
         return record
 
 
-def launches(case: Case) -> Iterator[Recorder]:
+def launches(case: Case) -> Iterator[Launch]:
     """Every kernel with the arguments of a step of this case."""
     names = [name for name in vars(attention_triton) if name.endswith("_kernel")]
     recorders = {name: Recorder(getattr(attention_triton, name)) for name in names}
@@ -78,16 +84,18 @@ def launches(case: Case) -> Iterator[Recorder]:
     planner = SummaryPlanner(layout.geometry, SummaryTags.empty(layout.slots, 4), 256)
     plan = planner.plan(table.view(1, -1), lengths, starts)
     attention.update_prefill(kv_cache, table.view(1, -1), lengths, starts, 64)
-    attention.decode(query, kv_cache, table.view(1, -1), lengths, plan, query)
+    step = (query, kv_cache, table.view(1, -1), lengths, plan, query)
+    attention.decode(*step)  # both phases in one launch
+    attention.launch(*step, attends=False)
+    attention.launch(*step, scores=False)
     for name, recorder in recorders.items():
         setattr(attention_triton, name, recorder.kernel)
-        yield recorder
+        yield from ((recorder.kernel, *launch) for launch in recorder.launches)
 
 
-def resources(recorder: Recorder) -> dict[str, int | str]:
+def resources(launch: Launch) -> dict[str, int | str]:
     """Compile and ask the binary."""
-    args, options = recorder.launch
-    kernel = recorder.kernel
+    kernel, args, options = launch
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
     constants = {name: values[name] for name in names if kernel.params[names.index(name)].is_constexpr}
@@ -101,8 +109,8 @@ def resources(recorder: Recorder) -> dict[str, int | str]:
         ):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    launch = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    warps = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
@@ -112,6 +120,8 @@ def resources(recorder: Recorder) -> dict[str, int | str]:
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return {
         "kernel": kernel.__name__,
+        "scores": bool(options.get("SCORES")),
+        "attends": bool(options.get("ATTENDS")),
         "registers": int(found["REG"]),
         "local_bytes": int(found["LOCAL"]),
         "stack_bytes": int(found["STACK"]),

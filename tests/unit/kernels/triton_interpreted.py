@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 
+RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
 CASES = {
-    "default": (Case(), 3),
+    "default": (Case(**RUNS, completion="paged", head_size=128), 3),
+    "runs, head size 64, ragged, padding row": (
+        Case(**RUNS, completion="paged", seq_lens=(300, 208, 0, 90)),
+        2,
+    ),
+    "runs, head size 96, mean over the group, fp16, 7 query heads": (
+        Case(**RUNS, group_rule="mean", dtype=torch.float16, head_size=96, group=7, heads=1),
+        1,
+    ),
+    "runs, head size 256, pages of 32, fp8 cache with scales": (
+        Case(
+            **RUNS,
+            completion="paged",
+            head_size=256,
+            page_size=32,
+            sink_tokens=32,
+            budget=256,
+            heads=1,
+            kv_dtype=torch.float8_e4m3fn,
+            key_scale=0.5,
+            value_scale=2.0,
+            seq_lens=(480,),
+        ),
+        1,
+    ),
+    "runs in two levels": (
+        Case(
+            **RUNS,
+            completion="paged",
+            seq_lens=(1500, 600),
+            heads=1,
+            budget=150,
+            sink_tokens=0,
+            max_model_len=70_000,
+        ),
+        1,
+    ),
+    "moba, mass from the scores": (Case(selection="moba", completion="paged", heads=1), 1),
+    "box": (Case(), 2),
     "8-bit statistics, ragged, padding row": (Case(seq_lens=(300, 208, 0, 90), statistics_bits=8), 2),
     "mean_var, mean over the group, fp16, head size 96": (
         Case(selection="mean_var", group_rule="mean", dtype=torch.float16, head_size=96, group=1),
@@ -65,7 +106,14 @@ def test_ties_go_to_the_earlier_page(max_model_len: int) -> None:
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_keys_that_do_not_fit_into_registers(group: int) -> None:
-    case = Case(seq_lens=(1200,), heads=1, max_model_len=70_000 if group > 1 else 512, budget=150)
+    case = Case(
+        **RUNS,
+        completion="paged",
+        seq_lens=(1200,),
+        heads=1,
+        max_model_len=70_000 if group > 1 else 512,
+        budget=150,
+    )
     runner = Runner(case, "cpu")
     assert (runner.workspace.neighbours > 1) == (group > 1)
     runner.workspace.select_blocks = ((16, False), (16, False))

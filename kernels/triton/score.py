@@ -1,0 +1,175 @@
+"""Scores of the mid region's pages: twin of ``reference.score_pages`` and of the total in ``reference.unread_log_mass``.
+
+A program scores some of a (row, KV head)'s pages. It leaves an ordered key for each page and the maxima of neighbouring
+keys; for the completion ``paged`` also each query head's score of the page, and their log-sum-exp over its pages.
+Scores are in base 2 here.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_rc_backend.kernels.triton.linear import LOG2_E
+from vllm_rc_backend.kernels.triton.matmul import dot
+from vllm_rc_backend.kernels.triton.paged import page_of
+from vllm_rc_backend.kernels.triton.runs import query_parts, run_scores
+from vllm_rc_backend.kernels.triton.topk import LOWEST, ordered_key
+
+INT8_PLANE = tl.constexpr(16256.0)  # 127 * 128: the largest sum of two planes of 8 and 7 bits
+LARGEST = tl.constexpr(60000.0)  # a float16 holds it; beyond it nothing else has any weight
+
+
+@triton.jit
+def _planes(x, dtype: tl.constexpr):
+    """Two narrow planes that together keep the query to 14 bits or more, and the factor of their sum.
+
+    Args:
+        x: float32 ``[d, n]``.
+
+    Returns:
+        high, low ``[d, n]`` of the statistics' type, and float32 ``[n]``.
+    """
+    if dtype == tl.int8:
+        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-30) / INT8_PLANE
+        whole = tl.floor(x / scale[None, :] + 0.5).to(tl.int32)
+        high = (whole + 64) >> 7
+        low = whole - (high << 7)
+    else:
+        scale = tl.full([x.shape[1]], 1.0, tl.float32)
+        high = x.to(dtype)
+        low = x - high.to(tl.float32)
+    return high.to(dtype), low.to(dtype), scale
+
+
+@triton.jit
+def _products(codes, index, unit, high, low, factor, mask, S: tl.constexpr):
+    """Dot products of one statistic of some pages with the query heads: float32 ``[pages, n]``."""
+    cols = tl.arange(0, S.block_d)
+    x = tl.load(
+        codes + index[:, None] * S.head_size + cols[None, :],
+        mask=mask[:, None] & (cols < S.head_size)[None, :],
+        other=0,
+    )
+    if codes.dtype.element_ty == tl.int8:
+        sums = tl.dot(x, high, out_dtype=tl.int32) * 128 + tl.dot(x, low, out_dtype=tl.int32)
+        result = sums.to(tl.float32) * unit[:, None] * factor[None, :]
+    else:
+        result = tl.zeros([index.shape[0], high.shape[1]], tl.float32)
+        result = dot(x, high, dot(x, low, result))
+    return result
+
+
+@triton.jit
+def _units(scales, index, mask, S: tl.constexpr):
+    """The factors of a page's int8 vectors: float32 ``[pages]`` twice (the same one twice if there is one)."""
+    if S.vectors == 2:
+        # Neighbours in memory: one load of 32 bits, which can go to shared memory asynchronously.
+        both = tl.load((scales + index).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+        first = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = ((both >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        first = tl.load(scales + index, mask=mask, other=0.0).to(tl.float32)
+        second = first
+    return first, second
+
+
+@triton.jit
+def score_pages(
+    query,
+    stride_query_head,
+    rotation,
+    codes,
+    scales,
+    block_table,
+    head,
+    pages,
+    split,
+    splits,
+    keys,
+    maxima,
+    head_scores,
+    masses,
+    scale,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Score every ``splits``-th tile of the mid region's ``pages``.
+
+    Args:
+        query: points to the first query head of the KV head.
+        block_table: points to the row.
+        keys, maxima, head_scores: point to the (row, head): int32 ``[pages]``, int32 ``[pages / GROUP]`` and float16
+            ``[pages, group]`` out.
+        masses: points to the (row, head, split): float32 ``[2, block_n]`` out, maximum and sum.
+        scale: the softmax scale.
+    """
+    g: tl.constexpr = S.geometry
+    N: tl.constexpr = S.block_n  # Triton 3.6 takes no plain int in a shape
+    heads = tl.arange(0, N)
+    cols = tl.arange(0, S.block_d)
+    member = heads < S.group
+    q = tl.load(
+        query + heads[None, :] * stride_query_head + cols[:, None],
+        mask=member[None, :] & (cols < S.head_size)[:, None],
+        other=0.0,
+    )
+    if S.query_map == "runs":
+        first, second, third, fourth, factor, offset = query_parts(q, rotation, S)
+        factor *= scale * LOG2_E
+    else:
+        q = q.to(tl.float32) * scale
+        high, low, factor = _planes(q, codes.dtype.element_ty)
+    if S.query_map == "abs":
+        high2, low2, factor2 = _planes(tl.abs(q) * S.spread_weight, codes.dtype.element_ty)
+    if S.query_map == "square":
+        high2, low2, factor2 = _planes(q * q * S.spread_weight, codes.dtype.element_ty)
+
+    m = tl.full([TILE, N], -LARGEST, tl.float32)
+    total = tl.zeros([TILE, N], tl.float32)
+    # num_stages on the loop: also the loads that feed no matrix product are issued ahead.
+    for tile in tl.range(split, tl.cdiv(pages, TILE), splits, num_stages=STAGES):
+        i = tile * TILE + tl.arange(0, TILE)
+        real = i < pages
+        page = page_of(block_table, i + g.sink_pages, real, g).to(tl.int64)
+        index = (page * S.heads + head) * S.vectors
+        if S.query_map == "runs":
+            by_run = run_scores(
+                codes, scales, index, first, second, third, fourth, factor, offset, real, S, TILE
+            )
+            best = tl.max(by_run, 0)
+            scores = best + tl.log2(tl.sum(tl.exp2(by_run - best[None, :, :]), 0) * (1.0 / S.vectors))
+        else:
+            unit, unit2 = factor, factor
+            if codes.dtype.element_ty == tl.int8:
+                unit, unit2 = _units(scales, index, real, S)
+            scores = _products(codes, index, unit, high, low, factor, real, S)
+            if S.vectors == 2:
+                scores += _products(codes, index + 1, unit2, high2, low2, factor2, real, S)
+            scores *= LOG2_E
+        if S.group_rule == "max":
+            group_score = tl.max(tl.where(member[None, :], scores, float("-inf")), 1)
+        else:
+            group_score = tl.sum(tl.where(member[None, :], scores, 0.0), 1) / S.group
+        key = tl.where(real, ordered_key(group_score), LOWEST)
+        tl.store(keys + i, key, mask=real)
+        if GROUP > 1:
+            top = tl.max(tl.reshape(key, [TILE // GROUP, GROUP]), 1)
+            j = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+            tl.store(maxima + j, top, mask=j * GROUP < pages)
+        if S.completion == "paged":
+            # Rounded before it is summed: what is subtracted for the retrieved pages later must be what was added.
+            rounded = tl.minimum(tl.maximum(scores, -LARGEST), LARGEST).to(tl.float16)
+            tl.store(
+                head_scores + i[:, None] * S.group + heads[None, :],
+                rounded,
+                mask=real[:, None] & member[None, :],
+            )
+            x = tl.where(real[:, None], rounded.to(tl.float32), float("-inf"))
+            new_m = tl.maximum(m, x)
+            total = total * tl.exp2(m - new_m) + tl.exp2(x - new_m)
+            m = new_m
+    if S.completion == "paged":
+        largest = tl.max(m, 0)
+        tl.store(masses + heads, largest)
+        tl.store(masses + N + heads, tl.sum(total * tl.exp2(m - largest[None, :]), 0))
