@@ -1,6 +1,7 @@
 """The definition of every kernel in plain torch, float32, one row at a time: what the fast kernels are held to."""
 
 from vllm_rc_backend.kernels.reference.decode import complete_softmax, decode_dense, decode_sparse
+from vllm_rc_backend.kernels.reference.page_cache import CachedKV, PageCache, Traffic, written_pages
 from vllm_rc_backend.kernels.reference.paged import PagedKV
 from vllm_rc_backend.kernels.reference.select import (
     reduce_group,
@@ -27,9 +28,12 @@ from vllm_rc_backend.kernels.reference.summary import (
 __all__ = [
     "STATISTICS_DTYPES",
     "STATISTICS_SCALE_BYTES",
+    "CachedKV",
+    "PageCache",
     "PagedKV",
     "SummaryPlan",
     "SummaryTags",
+    "Traffic",
     "absorb_pages",
     "complete_softmax",
     "decode_dense",
@@ -44,4 +48,5 @@ __all__ = [
     "score_pages",
     "select_pages",
     "unread_log_mass",
+    "written_pages",
 ]

@@ -76,18 +76,30 @@ class PagedKV:
         Returns:
             float32 ``[heads, pages, page_size, head_size]`` twice.
         """
-        blocks, places = page_ids // self.pages_per_block, page_ids % self.pages_per_block
         heads = torch.arange(self.heads, device=page_ids.device).unsqueeze(-1)
-        # [heads, pages, 2 * block_size * head_size]; widened first: fp8 tensors cannot be gathered.
-        content = self.cache[blocks, heads].flatten(start_dim=2).float()
+        keys, values = self.gather(page_ids, heads)
+        return keys * self.key_scale, values * self.value_scale
 
-        def take(index: Tensor, scale: float) -> Tensor:
-            places_index = index.view(self.pages_per_block, -1)[places].expand(self.heads, -1, -1)
-            rows: Tensor = content.gather(2, places_index)
-            tokens: Tensor = rows.unflatten(2, (self.page_size, self.head_size)) * scale
+    def gather(self, page_ids: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache holds of physical pages, not yet scaled.
+
+        Args:
+            page_ids, heads: int64, of shapes that broadcast: which page of which KV head.
+
+        Returns:
+            float32 ``[..., page_size, head_size]`` twice.
+        """
+        page_ids, heads = torch.broadcast_tensors(page_ids, heads)
+        blocks, places = page_ids // self.pages_per_block, page_ids % self.pages_per_block
+        # [..., 2 * block_size * head_size]; widened first: fp8 tensors cannot be gathered.
+        content = self.cache[blocks, heads].flatten(start_dim=page_ids.dim()).float()
+
+        def take(index: Tensor) -> Tensor:
+            rows: Tensor = content.gather(-1, index.view(self.pages_per_block, -1)[places])
+            tokens: Tensor = rows.unflatten(-1, (self.page_size, self.head_size))
             return tokens
 
-        return take(self.key_index, self.key_scale), take(self.value_index, self.value_scale)
+        return take(self.key_index), take(self.value_index)
 
     def read_range(self, block_table: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens ``[first, last)`` of one sequence; ``first`` begins a page.
