@@ -31,7 +31,7 @@ def _option(default: Any, allowed: str, doc: str) -> Any:
 
 
 GROUP_RULES = ("max", "mean", "softmax")
-KV_RESIDENCIES = ("gpu",)
+KV_RESIDENCIES = ("gpu", "host")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,19 @@ class RCTopKConfig:
     kv_residency: str = _option(
         "gpu",
         ", ".join(KV_RESIDENCIES),
-        "Where the KV pages live.",
+        "Where the KV pages live: in device memory, or in host memory with a cache of pages on the device "
+        "(docs/host-kv.md).",
+    )
+    host_kv_gib: float | None = _option(
+        None,
+        "a number above 0 with kv_residency=host, otherwise null",
+        "GiB of host memory for the KV pages of each rank; takes the place of --kv-cache-memory-bytes.",
+    )
+    page_cache_gib: float | None = _option(
+        None,
+        "a number from 0 up with kv_residency=host, otherwise null",
+        "GiB of device memory for copies of KV pages on each rank; 0 for none, so that every page is read from the "
+        "host. By default an eighth of host_kv_gib.",
     )
     log_interval: float = _option(
         10.0,
@@ -183,6 +195,7 @@ class RCTopKConfig:
         if not isinstance(layers, list | tuple) or not all(type(n) is int and n >= 0 for n in layers):
             raise OptionError("dense_layers", layers, self._allowed("dense_layers"))
         object.__setattr__(self, "dense_layers", tuple(layers))
+        self._check_residency()
         if not isinstance(self.log_interval, int | float) or not 0 <= self.log_interval < math.inf:
             raise OptionError("log_interval", self.log_interval, self._allowed("log_interval"))
         if 1 <= self.budget < self.smallest_budget:
@@ -192,6 +205,27 @@ class RCTopKConfig:
                 f"{self.smallest_budget} or more with sink_tokens={self.sink_tokens}, "
                 f"tail_tokens={self.tail_tokens}, page_size={self.page_size}",
                 "The anchors and one page must fit: lower sink_tokens or tail_tokens, or raise budget.",
+            )
+
+    def _check_residency(self) -> None:
+        host = self.kv_residency == "host"
+        hint = f"kv_residency is {self.kv_residency}."
+        if host != (self.host_kv_gib is not None) or (host and not self._gib("host_kv_gib") > 0):
+            raise OptionError("host_kv_gib", self.host_kv_gib, self._allowed("host_kv_gib"), hint)
+        if self.page_cache_gib is not None and (not host or self._gib("page_cache_gib") < 0):
+            raise OptionError("page_cache_gib", self.page_cache_gib, self._allowed("page_cache_gib"), hint)
+        if not host:
+            return
+        if POLICIES[self.selection].reads_keys:
+            raise OptionError(
+                "kv_residency", "host", f"gpu with selection={self.selection}", "It reads every key of the context."
+            )
+        if self.dense_layers:
+            raise OptionError(
+                "dense_layers",
+                self.dense_layers,
+                "[] with kv_residency=host",
+                "A dense layer would read its whole context from the host at every token.",
             )
 
     @property
@@ -243,6 +277,12 @@ class RCTopKConfig:
 
     def _allowed(self, name: str) -> str:
         return str(next(f for f in fields(self) if f.name == name).metadata["allowed"])
+
+    def _gib(self, name: str) -> float:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise OptionError(name, value, self._allowed(name))
+        return value
 
     def _integer(self, name: str, low: int) -> None:
         value = getattr(self, name)

@@ -25,6 +25,8 @@ REFUSED = {
     "dense_layers": [[-1], [0.5], "0", 3, [True]],
     "summary_slots": [0, -1, 2.0],
     "kv_residency": ["disk", None],
+    "host_kv_gib": [0, -1, "64", True, float("inf"), 64],
+    "page_cache_gib": [-1, "4", True, float("nan"), 4],
     "log_interval": [-1, float("inf"), "10", None],
 }
 
@@ -57,6 +59,8 @@ def test_every_option_has_refusals_tested() -> None:
         {"selection": "oracle", "group_rule": "softmax", "completion": "none"},
         {"dense_layers": [0, 1], "dense_threshold": 4096, "statistics_bits": 8, "summary_slots": 3},
         {"log_interval": 0},
+        {"kv_residency": "host", "host_kv_gib": 0.5},
+        {"kv_residency": "host", "host_kv_gib": 64, "page_cache_gib": 0},
         {"completion": "features", "features_file": "maps.safetensors"},
     ],
     ids=str,
@@ -78,6 +82,25 @@ def test_unknown_option_names_the_known_ones_and_the_nearest() -> None:
 def test_options_that_are_no_object() -> None:
     with pytest.raises(ValueError, match=r"rc_topk: got \['budget'\]; allowed: a JSON object"):
         RCTopKConfig.from_additional_config({KEY: ["budget"]})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, r"host_kv_gib: got None; allowed: a number above 0 with kv_residency=host"),
+        ({"host_kv_gib": 0}, r"host_kv_gib: got 0; allowed: a number above 0 with kv_residency=host"),
+        ({"host_kv_gib": 1, "page_cache_gib": -1}, r"page_cache_gib: got -1; allowed: a number from 0 up"),
+        (
+            {"host_kv_gib": 1, "selection": "oracle"},
+            r"kv_residency: got 'host'; allowed: gpu with selection=oracle. It reads every key",
+        ),
+        ({"host_kv_gib": 1, "dense_layers": [0]}, r"dense_layers: got \(0,\); allowed: \[\] with kv_residency=host"),
+    ],
+    ids=str,
+)
+def test_what_pages_in_host_memory_need(options: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        RCTopKConfig.from_mapping({"kv_residency": "host", **options})
 
 
 def test_budget_below_anchors_and_one_page() -> None:
