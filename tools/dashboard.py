@@ -100,6 +100,24 @@ ROWS = {
             "percentunit",
             [Query("without a summary", share(["missing_summaries"], ["sparse_rows"]))],
         ),
+        Panel(
+            "Pages found on the device",
+            "With kv_residency=host: share of the pages read that needed no trip to host memory.",
+            "percentunit",
+            [Query("found", share(["pages_found"], ["pages_wanted"]))],
+        ),
+        Panel(
+            "Fetched from host memory",
+            "With kv_residency=host: bytes per second that decoding read over the bus.",
+            "Bps",
+            [Query("fetched", rate(f"{OURS}_host_bytes_fetched"))],
+        ),
+        Panel(
+            "Pages that gave way",
+            "With kv_residency=host: pages of single KV heads per second that others replaced on the device.",
+            "short",
+            [Query("evicted", rate(f"{OURS}_pages_evicted"))],
+        ),
     ],
     "vLLM": [
         Panel("Time to first token", "", "s", quantiles("time_to_first_token_seconds")),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_rc_backend.kernels import reference
-from vllm_rc_backend.kernels.reference import PagedKV, SummaryPlan
+from vllm_rc_backend.kernels.reference import CachedKV, PageCache, PagedKV, SummaryPlan, written_pages
 from vllm_rc_backend.side_store import SideStore
 
 
@@ -30,16 +30,32 @@ class Batch:
 
 
 class ReferenceAttention:
-    """Sparse attention by the reference kernels."""
+    """Sparse attention by the reference kernels.
 
-    def __init__(self, store: SideStore, scale: float, group_rule: str) -> None:
+    Args:
+        store: the layer's page statistics and summaries.
+        scale: the softmax scale.
+        group_rule: how query heads that share a KV head agree on pages.
+        pages: with the KV pages in host memory, the copies through which decoding reads them; otherwise None.
+    """
+
+    def __init__(
+        self, store: SideStore, scale: float, group_rule: str, pages: PageCache | None = None
+    ) -> None:
         self.store = store
         self.scale = scale
         self.group_rule = group_rule
+        self.pages = pages
 
     def update(self, kv: PagedKV, batch: Batch) -> None:
-        """Bring the side store up to this step: statistics of finished pages, then summaries."""
+        """Bring the side store up to this step: copies of pages cut off, statistics of finished pages, summaries."""
         layout = self.store.layout
+        if self.pages is not None:
+            for table, seq_len, query_len in zip(
+                batch.block_table, batch.seq_lens, batch.query_lens, strict=True
+            ):
+                pages, kept = written_pages(seq_len, query_len, kv.page_size)
+                self.pages.truncate(kv.page_ids(table, pages), kept)
         reference.finish_pages(
             kv,
             batch.block_table,
@@ -80,7 +96,7 @@ class ReferenceAttention:
             state = reference.read_state(self.store.states[slot], layout.completion.precise_rows)
         output, residual = reference.decode_sparse(
             q,
-            kv,
+            kv if self.pages is None else CachedKV.over(kv, self.pages),
             block_table,
             seq_len,
             geometry,

@@ -21,12 +21,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_rc_backend.attention import Batch, ReferenceAttention
 from vllm_rc_backend.cpu_layout import as_numbers, block_layout
-from vllm_rc_backend.kernels.reference import PagedKV, SummaryTags, plan_summaries
+from vllm_rc_backend.kernels.reference import PageCache, PagedKV, SummaryTags, Traffic, plan_summaries
 from vllm_rc_backend.layer import (
     BackendFace,
     SparseImpl,
     bind,
     make_tags,
+    page_cache_slots,
 )
 from vllm_rc_backend.observability import meter
 
@@ -76,6 +77,18 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             assert store is not None
             self.layout = store.layout
             self.tags = make_tags(store) if store.layout.slots else None
+        for layer in self.layers.values():
+            if layer.config.kv_residency == "host":
+                assert layer.store is not None
+                cache = as_numbers(torch.empty(0, dtype=kv_cache_spec.dtype), layer.shape.kv_cache_dtype)
+                layer.pages = PageCache.empty(
+                    layer.store.pages,
+                    layer.shape.num_kv_heads,
+                    page_cache_slots(vllm_config, layer),
+                    self.layout.geometry.page_size,
+                    layer.shape.head_size,
+                    cache.dtype,
+                )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -150,7 +163,8 @@ class RCTopKCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         assert batch is not None
         assert store is not None
         kv = self._paged(layer, query.dtype, kv_cache)
-        attention = ReferenceAttention(store, self.scale, self.sparse_layer.config.group_rule)
+        pages = self.sparse_layer.pages
+        attention = ReferenceAttention(store, self.scale, self.sparse_layer.config.group_rule, pages)
         attention.update(kv, batch)
 
         if meta.dense_tokens is None:
@@ -163,6 +177,9 @@ class RCTopKCPUImpl(SparseImpl, CPUAttentionBackendImpl):
             row_output, residual = attention.decode(query[token], kv, batch, row)
             output[token] = row_output.to(output.dtype)
             meter.get().residual(residual)
+        if pages is not None:
+            meter.get().pages(store.layout, pages.traffic)
+            pages.traffic = Traffic()
         return output
 
     def _paged(self, layer: Any, dtype: torch.dtype, kv_cache: Tensor) -> PagedKV:

@@ -174,6 +174,29 @@ def pool_blocks_bound(vllm_config: Any, side_block_bytes: int, allocated: int, t
     return max(available, 0) // (pool_block_bytes(vllm_config) + side_block_bytes)
 
 
+def own_pool_bytes(vllm_config: Any, nbytes: int) -> None:
+    """Let vLLM plan its KV pool for this many bytes on each rank, whatever is left on the device.
+
+    Raises:
+        UnsupportedError: a flag of vLLM's that also says how large or where the pool is.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    flags = {
+        "--kv-cache-memory-bytes": cache.kv_cache_memory_bytes is not None,
+        "--num-gpu-blocks-override": cache.num_gpu_blocks_override is not None,
+        "--enable-sleep-mode, or another flag that uses vLLM's own allocator": bool(
+            model.enable_cumem_allocator
+        ),
+    }
+    found = [flag for flag, present in flags.items() if present]
+    if found:
+        raise UnsupportedError(
+            f"rc_topk: kv_residency=host does not work with: {'; '.join(found)}. host_kv_gib says how large the KV "
+            "pool is: leave that flag out, or set kv_residency=gpu."
+        )
+    cache.kv_cache_memory_bytes = nbytes
+
+
 def layer_index(name: str) -> int:
     """The index of a layer in the model, from its name."""
     from vllm.model_executor.models.utils import extract_layer_index

