@@ -16,7 +16,7 @@ import random
 import re
 import shutil
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +42,15 @@ Piece = list[tuple[str, float]]
 class Corpus:
     """Tokenized source files end to end, and where their lines begin."""
 
-    def __init__(self, tokenizer: Tokenizer, folder: Path) -> None:
-        files = sorted(folder.rglob("*.py"))
-        texts = [path.read_text(errors="ignore") for path in files]
-        encoded = [
-            tokenizer.encode(text + "\n", add_special_tokens=False).ids for text in track(texts, "reading")
-        ]
-        self.tokens = np.array([token for ids in encoded for token in ids], dtype=np.int64)
+    def __init__(self, tokenizer: Tokenizer, folder: Path, leave_out: Collection[str] = ()) -> None:
+        """``leave_out``: names of folders that are not read, wherever they are."""
+        files = [path for path in sorted(folder.rglob("*.py")) if not {*path.parts} & {*leave_out}]
+        encoded = []
+        for start in track(range(0, len(files), 100), "reading"):
+            texts = [path.read_text(errors="ignore") + "\n" for path in files[start : start + 100]]
+            batch = tokenizer.encode_batch(texts, add_special_tokens=False)
+            encoded += [np.array(e.ids, dtype=np.int32) for e in batch]
+        self.tokens = np.concatenate([np.zeros(0, dtype=np.int32), *encoded])
         ends = [
             token for text, token in tokenizer.get_vocab().items() if text.endswith("Ċ")
         ]  # byte-level newline
@@ -81,25 +83,37 @@ class Tasks:
         """Single, multi-key, multi-query or multi-value needles."""
         kind = self.rng.choice(("single", "key", "query", "value"))
         count = {"single": 1, "key": context // 256, "query": context // 512, "value": context // 512}[kind]
-        keys = {self.key(): [self.number()] for _ in range(max(count, 1))}
-        asked = self.rng.sample(list(keys), min(4 if kind == "query" else 1, len(keys)))
-        if kind == "value":
-            keys[asked[0]] += [self.number() for _ in range(3)]
-        values = [(key, value) for key, numbers in keys.items() for value in numbers]
-        self.rng.shuffle(values)
+        return self.strewn_needles(count, 4 if kind == "query" else 1, 4 if kind == "value" else 1)
+
+    def strewn_needles(
+        self,
+        count: int,
+        questions: int,
+        values: int,
+        new_key: Callable[[], str] | None = None,
+        new_value: Callable[[], str] | None = None,
+    ) -> tuple[list[Piece], Piece]:
+        """Needles of ``count`` keys, some asked for; those asked for have so many values, in their order."""
+        new_key, new_value = new_key or self.key, new_value or self.number
+        keys = {new_key(): [new_value()] for _ in range(max(count, 1))}
+        asked = self.rng.sample(list(keys), min(questions, len(keys)))
+        for key in asked:
+            keys[key] += [new_value() for _ in range(values - 1)]
+        pairs = [(key, value) for key, given in keys.items() for value in given]
+        self.rng.shuffle(pairs)
         inserts = [
             [(f"# The magic number for {key} is", QUESTION), (f" {value}", UNKNOWABLE), (".\n", QUESTION)]
-            for key, value in values
+            for key, value in pairs
         ]
-        questions: Piece = []
+        ending: Piece = []
         for key in asked:
-            answer = " ".join(value for name, value in values if name == key)
-            questions += [
+            answer = " ".join(value for name, value in pairs if name == key)
+            ending += [
                 (f"# What is the magic number for {key}?", QUESTION),
                 (f" {answer}", ANSWER),
                 ("\n", ANSWER),
             ]
-        return inserts, questions
+        return inserts, ending
 
     def variables(self, context: int) -> tuple[list[Piece], Piece]:
         """Two chains of four assignments, one of them asked for."""
@@ -187,7 +201,12 @@ class Sequences:
             }[kind]
             inserts, question = make(length)
             parts = self.strew([self.encode(piece) for piece in inserts], self.encode(question), length)
-        ids = np.concatenate([[BOS], *(part[0] for part in parts)])[:length]
+        return self.finished(parts, length)
+
+    @staticmethod
+    def finished(parts: list, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and weights of exactly ``length`` tokens: BOS, the parts, padding that weighs nothing."""
+        ids = np.concatenate([[BOS], *(part[0] for part in parts)])[:length].astype(np.int64)
         weights = np.concatenate([[0.0], *(part[1] for part in parts)])[:length]
         missing = length - len(ids)
         return np.pad(ids, (0, missing)), np.pad(weights, (0, missing)).astype(np.float32)

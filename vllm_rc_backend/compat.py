@@ -48,6 +48,16 @@ def register_member(name: str, class_path: str) -> Any:
     return member
 
 
+def register_models(models: dict[str, str]) -> None:
+    """Tell vLLM which class (``module:name``, imported when used) serves an architecture. Idempotent."""
+    from vllm import ModelRegistry
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture, path in models.items():
+        if architecture not in known:
+            ModelRegistry.register_model(architecture, path)
+
+
 def let_cpu_platform_choose(member: Any) -> None:
     """Let vLLM's CPU platform take this backend: it ignores the flag otherwise. Only there, only for this member."""
     from vllm.platforms import current_platform

@@ -1,4 +1,4 @@
-"""vLLM's entry point: makes RC_TOPK a name that ``--attention-backend`` accepts, in every process."""
+"""vLLM's entry point: makes RC_TOPK a name that ``--attention-backend`` accepts, and our models known."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ CLASS_PATH = "vllm_rc_backend.backend.RCTopKBackend"
 
 
 def register() -> Any:
-    """Register the backend; the ``vllm.general_plugins`` entry point. Idempotent, quick, never touches a device.
+    """Register the backend and the models; the ``vllm.general_plugins`` entry point.
+
+    Idempotent, quick, never touches a device.
 
     Returns:
         The member of vLLM's ``AttentionBackendEnum``.
     """
+    from vllm_rc_backend import compat
+    from vllm_rc_backend.models import MODELS
     from vllm_rc_backend.observability import metrics
 
     member = backend_member()
+    compat.register_models(MODELS)
     metrics.offer()
     return member
 

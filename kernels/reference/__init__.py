@@ -2,6 +2,7 @@
 
 from vllm_rc_backend.kernels.reference.decode import complete_softmax, decode_dense, decode_sparse
 from vllm_rc_backend.kernels.reference.page_cache import CachedKV, PageCache, Traffic, written_pages
+from vllm_rc_backend.kernels.reference.memory import linear_scan, memory_step
 from vllm_rc_backend.kernels.reference.paged import PagedKV
 from vllm_rc_backend.kernels.reference.select import (
     reduce_group,
@@ -42,6 +43,8 @@ __all__ = [
     "encode_statistics",
     "finish_pages",
     "finished_pages",
+    "linear_scan",
+    "memory_step",
     "plan_summaries",
     "read_state",
     "reduce_group",

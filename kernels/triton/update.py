@@ -43,9 +43,7 @@ def update_kernel(
         seq_len = tl.load(seq_lens + row)
         if (seq_len > 0) & (seq_len % g.page_size == 0):
             page = page_of(block_table, seq_len // g.page_size - 1, seq_len > 0, g)
-            finish_page(
-                kv, codes, scales, rotation, page, head, key_scale, stride_block, stride_token, S
-            )
+            finish_page(kv, codes, scales, rotation, page, head, key_scale, stride_block, stride_token, S)
     elif S.completion != "none":
         slot = tl.load(plan_slot + row)
         first = tl.load(plan_first + row)

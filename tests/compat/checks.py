@@ -356,6 +356,43 @@ def check_layers_are_found() -> None:
     assert [compat.layer_index(name) for name in names] == [0, 1]
 
 
+def check_the_models_are_known_and_keep_their_state_as_vllm_expects() -> None:
+    """What vLLM asks of a hybrid model before and after it makes the layers, and what the memory asks of vLLM."""
+    import dataclasses
+
+    import torch
+    from vllm import ModelRegistry
+    from vllm.config import CompilationConfig, set_current_vllm_config
+    from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadata
+
+    from vllm_rc_backend.models import MODELS
+    from vllm_rc_backend.models.memory import DecayingMemory
+    from vllm_rc_backend.models.rat_plus import RATPlusAttention, RATPlusForCausalLM
+
+    assert set(MODELS) <= set(ModelRegistry.get_supported_archs())
+    assert RATPlusForCausalLM.is_hybrid
+    assert RATPlusForCausalLM.has_inner_state
+    assert len(RATPlusForCausalLM.get_mamba_state_copy_func()) == 1
+    accepts(RATPlusAttention.__init__, RATPlusAttention.__mro__[1].__init__, "RATPlusAttention")
+
+    config = copy.copy(engine_config())
+    config.cache_config, config.compilation_config = copy.copy(config.cache_config), CompilationConfig()
+    config.cache_config.mamba_block_size = 16
+    with set_current_vllm_config(config):
+        memory = DecayingMemory(128, "model.layers.0.self_attn.memory")
+    spec = memory.get_kv_cache_spec(config)
+    assert spec.shapes == RATPlusForCausalLM.get_mamba_state_shape_from_config(config) == ((2, 128),)
+    assert spec.dtypes == RATPlusForCausalLM.get_mamba_state_dtype_from_config(config) == (torch.float32,)
+
+    assert memory.get_attn_backend().get_builder_cls().metadata_cls is ShortConvAttentionMetadata
+    fields = {field.name for field in dataclasses.fields(ShortConvAttentionMetadata)}
+    assert fields >= {"num_decode_tokens", "num_prefills", "num_prefill_tokens", "query_start_loc_p"}
+    assert fields >= {"state_indices_tensor_d", "state_indices_tensor_p", "has_initial_states_p"}
+    arguments = [argument.name for argument in torch.ops.vllm.short_conv.default._schema.arguments]
+    assert arguments == ["hidden_states", "output", "layer_name"]
+    assert "vllm::short_conv" in CompilationConfig._attention_ops
+
+
 CHECKS = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())

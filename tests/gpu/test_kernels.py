@@ -43,7 +43,12 @@ CASES = {
         heads=1,
     ),
     "runs, many rows": Case(
-        **RUNS, completion="paged", head_size=128, seq_lens=tuple(range(40, 680, 8)), heads=4, dtype=torch.float16
+        **RUNS,
+        completion="paged",
+        head_size=128,
+        seq_lens=tuple(range(40, 680, 8)),
+        heads=4,
+        dtype=torch.float16,
     ),
     "moba, mass from the scores": Case(selection="moba", completion="paged", seq_lens=RAGGED),
     "head size 64, 1 query head": Case(head_size=64, group=1),

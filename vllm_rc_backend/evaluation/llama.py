@@ -1,7 +1,8 @@
 """A Llama-style model in plain torch, split where an evaluation needs it: prefill, then a window of positions.
 
 Covers the dense decoders that share Llama's layout (Llama, Mistral, Qwen2, Qwen3) from ``config.json`` and
-safetensors. The attention of the window is the caller's, so that dense and sparse runs differ in nothing else.
+safetensors, and RAT+, which is Llama with a decaying memory over keys and values. The attention of the window is the
+caller's, so that dense and sparse runs differ in nothing else.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
+from vllm_rc_backend.decaying_memory import remember
 from vllm_rc_backend.evaluation.snapkv import OBSERVED
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+RAT_PLUS = "RATPlusForCausalLM"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", RAT_PLUS)
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(query ``[batch, window, heads, group, d]`` scaled, keys, values ``[batch, heads, tokens, d]``, layer) -> like query.
@@ -34,11 +37,13 @@ class KVCache:
     """Post-RoPE keys and values of each layer, ``[batch, heads, tokens, d]``, in the cache's dtype.
 
     ``queries``: those of the last ``OBSERVED`` tokens, scaled, float32 ``[batch, observed, heads, group, d]``.
+    ``memories``: of RAT+, each layer's state after the last token, float32 ``[batch, 2, heads * d]``, else None.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     queries: list[Tensor]
+    memories: list[Tensor | None]
 
     @property
     def tokens(self) -> int:
@@ -59,6 +64,7 @@ class Llama:
             raise ValueError(
                 f"{directory}: architecture {architecture} is not one of {', '.join(ARCHITECTURES)}"
             )
+        self.has_memory = architecture == RAT_PLUS
         self.device = torch.device(device)
         self.layers: int = self.config["num_hidden_layers"]
         self.query_heads: int = self.config["num_attention_heads"]
@@ -78,9 +84,10 @@ class Llama:
         x = self.weights["model.embed_tokens.weight"][tokens]
         if self.device.type == "cpu":
             x = x.float()
-        cache = KVCache([], [], [])
+        cache = KVCache([], [], [], [])
         for layer in range(self.layers):
-            query, key, value = self._project(layer, x, positions)
+            query, key, value, memory = self._project(layer, x, positions, None)
+            cache.memories.append(memory)
             cache.keys.append(key.to(self.cache_dtype))
             cache.values.append(value.to(self.cache_dtype))
             cache.queries.append(self._grouped(query[:, -OBSERVED:].float()))
@@ -107,7 +114,7 @@ class Llama:
         positions = torch.arange(cache.tokens, cache.tokens + tokens.shape[1], device=self.device)
         x = self._weight("model.embed_tokens.weight", torch.float32)[tokens.to(self.device)]
         for layer in range(self.layers):
-            query, key, value = self._project(layer, x, positions)
+            query, key, value, _ = self._project(layer, x, positions, cache.memories[layer])
             keys = torch.cat((cache.keys[layer], key.to(cache.keys[layer].dtype)), dim=2)
             values = torch.cat((cache.values[layer], value.to(cache.values[layer].dtype)), dim=2)
             x = self._rest(layer, x, attention(self._grouped(query), keys, values, layer).flatten(2))
@@ -123,8 +130,13 @@ class Llama:
         grouped: Tensor = query.unflatten(2, (self.heads, -1)) * self.head_size**-0.5
         return grouped
 
-    def _project(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query ``[batch, tokens, query_heads, d]``, key and value ``[batch, heads, tokens, d]``, after RoPE."""
+    def _project(
+        self, layer: int, x: Tensor, positions: Tensor, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query ``[batch, tokens, query_heads, d]``, key and value ``[batch, heads, tokens, d]``, after RoPE.
+
+        Also RAT+'s memory after the last token. ``memory``: before the first one; None: the sequence begins here.
+        """
         prefix = f"model.layers.{layer}."
         x = self._norm(x, prefix + "input_layernorm.weight")
         query, key, value = (
@@ -134,8 +146,11 @@ class Llama:
         if prefix + "self_attn.q_norm.weight" in self.weights:
             query = self._norm(query, prefix + "self_attn.q_norm.weight")
             key = self._norm(key, prefix + "self_attn.k_norm.weight")
+        if self.has_memory:
+            gate = self._linear(x, prefix + "self_attn.memory_gate").unflatten(-1, (-1, self.head_size))
+            key, value, memory = remember_sequences(key, value, gate, memory)
         angles = positions.unsqueeze(-1).float() * self.frequencies
-        return _rotate(query, angles), _rotate(key, angles).transpose(1, 2), value.transpose(1, 2)
+        return _rotate(query, angles), _rotate(key, angles).transpose(1, 2), value.transpose(1, 2), memory
 
     def _rest(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and feed-forward network, both residual."""
@@ -157,6 +172,28 @@ class Llama:
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.weights[name].to(dtype)
+
+
+def remember_sequences(
+    key: Tensor, value: Tensor, gate: Tensor, memory: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RAT+'s memory over the keys and values of whole sequences.
+
+    Args:
+        key, value, gate: ``[batch, tokens, heads, d]``; the gate as logits, shared by key and value.
+        memory: float32 ``[batch, 2, heads * d]``, the state before the first token; None: zeros.
+
+    Returns:
+        The remembered key and value, in the key's dtype, and the state after the last token.
+    """
+    batch, tokens = key.shape[:2]
+    x = torch.stack((key, value), dim=2).float().flatten(0, 1).flatten(2)
+    gates = gate.float().sigmoid().flatten(0, 1).flatten(1)
+    before = torch.zeros_like(x[:batch]) if memory is None else memory
+    starts = torch.arange(batch + 1, device=x.device) * tokens
+    out = remember(x, gates, starts, before).unflatten(0, (batch, tokens))
+    new_key, new_value = out.unflatten(-1, key.shape[2:]).to(key.dtype).unbind(dim=2)
+    return new_key, new_value, out[:, -1]
 
 
 def _read(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -87,13 +87,20 @@ class Workshop:
     format: Format
     rng: random.Random
 
-    def assemble(self, length: int, lines: Sequence[str], turns: Sequence[tuple[str, str]]) -> Prompt:
+    def assemble(
+        self,
+        length: int,
+        lines: Sequence[str],
+        turns: Sequence[tuple[str, str]],
+        hay: Callable[[], str] | None = None,
+    ) -> Prompt:
         """Strew lines over filler, in their order, at uniform depths of 0 to 97 %, and ask the questions.
 
         Args:
             length: tokens of the prompt, answers included.
             lines: the task's own lines.
             turns: (question, answer) in order.
+            hay: gives the filler's next line (None: lines of the corpus).
         """
         encode = self.corpus.encode
         ending: list[tuple[list[int], bool]] = []
@@ -106,13 +113,24 @@ class Workshop:
             raise ValueError(
                 f"a context of {length} tokens is too short for this task: {-room} tokens too many"
             )
-        filler = self.corpus.lines(room, self.rng)
+        filler = self.corpus.lines(room, self.rng) if hay is None else self._lines(room, hay)
         tokens = list(bos) + _strew(filler, own, self.rng)
         answer_mask = [False] * len(tokens)
         for ids, is_answer in ending:
             tokens += ids
             answer_mask += [is_answer] * len(ids)
         return Prompt(tokens, answer_mask)
+
+    def _lines(self, length: int, hay: Callable[[], str]) -> list[list[int]]:
+        """Lines of hay with ``length`` tokens in all; the last is cut to end there."""
+        newline, lines = self.corpus.encode("\n")[-1], []
+        while length > 0:
+            line = self.corpus.encode(hay())
+            if len(line) >= length:
+                line = [*line[: length - 1], newline]
+            length -= len(line)
+            lines.append(line)
+        return lines
 
     def words(self, count: int) -> list[str]:
         """Distinct words, each with its leading space."""
@@ -248,6 +266,9 @@ HELD_OUT = "held_out"
 
 def make_prompts(task: str, corpus: Corpus, wording: str, length: int, count: int, seed: int) -> list[Prompt]:
     """``count`` prompts of exactly ``length`` tokens. The same arguments give the same prompts."""
+    from vllm_rc_backend.evaluation.needles import NEEDLES  # builds on this module
+
     rng = random.Random(f"{task} {length} {seed}")
     shop = Workshop(corpus, FORMATS[wording], rng)
-    return [TASKS[task](shop, length) for _ in range(count)]
+    make = (TASKS | NEEDLES)[task]
+    return [make(shop, length) for _ in range(count)]

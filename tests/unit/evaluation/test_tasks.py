@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_rc_backend.evaluation.needles import NEEDLES, NOISE
 from vllm_rc_backend.evaluation.tasks import FORMATS, TASKS, make_prompts
 from vllm_rc_backend.evaluation.text import Corpus, text_files
 
@@ -21,7 +22,7 @@ def corpus() -> Corpus:
 
 
 @pytest.mark.parametrize("wording", sorted(FORMATS))
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(TASKS | NEEDLES))
 def test_length_and_answer(corpus: Corpus, task: str, wording: str) -> None:
     for prompt in make_prompts(task, corpus, wording, LENGTH, 3, seed=1):
         assert len(prompt.tokens) == len(prompt.answer) == LENGTH
@@ -30,7 +31,7 @@ def test_length_and_answer(corpus: Corpus, task: str, wording: str) -> None:
         assert not prompt.answer[: LENGTH - prompt.answer_window].count(True)
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(TASKS | NEEDLES))
 def test_the_same_seed_gives_the_same_prompts(corpus: Corpus, task: str) -> None:
     assert make_prompts(task, corpus, "comments", LENGTH, 2, 5) == make_prompts(
         task, corpus, "comments", LENGTH, 2, 5
@@ -88,3 +89,34 @@ def test_the_answer_is_the_most_frequent_words(corpus: Corpus, task: str, top: i
     text, answer = text_and_answer(corpus, task)
     counts = Counter(word for line in re.findall(r"# words: (.*)\n", text) for word in line.split())
     assert [word for word, _ in counts.most_common(top)] == answer.split()
+
+
+@pytest.mark.parametrize("task", sorted(NEEDLES))
+def test_needle_tasks_ask_for_what_is_there(corpus: Corpus, task: str) -> None:
+    decode = corpus.tokenizer.decode
+    for prompt in make_prompts(task, corpus, "comments", 1500, 4, seed=3):
+        asked = 0
+        for answer in prompt.answers:
+            text = decode(prompt.tokens[: answer.start])
+            key = re.search(r"What is the magic number for (.*)\?$", text)
+            assert key
+            held = re.findall(rf"magic number for {key[1]} is ([0-9a-f-]+)\.", text)
+            assert held == decode(prompt.tokens[answer]).split()
+            asked += 1
+        assert asked == (4 if task == "multi_query" else 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ("single_1", re.escape(NOISE)),
+        ("multi_key_2", r"# The magic.*\n"),
+        ("multi_key_3", r"# The magic.*\n"),
+    ],
+)
+def test_haystacks(corpus: Corpus, task: str, line: str) -> None:
+    """Nothing but that line, but for the needle, the question and the line that is cut to fit."""
+    (prompt,) = make_prompts(task, corpus, "comments", 1500, 1, seed=4)
+    lines = corpus.tokenizer.decode(prompt.tokens).splitlines(keepends=True)
+    assert sum(not re.fullmatch(line, each) for each in lines) <= 3
+    assert len(set(lines)) > 10 or task == "single_1"

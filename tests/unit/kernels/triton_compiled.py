@@ -18,8 +18,10 @@ from triton.compiler import ASTSource
 
 from vllm_rc_backend import attention_triton
 from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
+from vllm_rc_backend.decaying_memory import BLOCK, TILE
 from vllm_rc_backend.evaluation.kernel_check import Case
 from vllm_rc_backend.kernels.reference import SummaryTags
+from vllm_rc_backend.kernels.triton.memory import linear_scan_kernel
 from vllm_rc_backend.side_store import SideStore
 
 DEFAULT = {
@@ -93,6 +95,15 @@ def launches(case: Case) -> Iterator[Launch]:
         yield from ((recorder.kernel, *launch) for launch in recorder.launches)
 
 
+def memory_launch() -> Launch:
+    """The scan of a RAT+ prefill: 8 KV heads of 128."""
+    channels = 8 * 128
+    decay, total = torch.zeros(16, channels), torch.zeros(16, 2, channels)
+    starts = torch.zeros(2, dtype=torch.int32)
+    arguments = (decay, total, starts, total[:1], total, 2, channels)
+    return linear_scan_kernel, arguments, {"tile": TILE, "block": BLOCK}
+
+
 def resources(launch: Launch) -> dict[str, int | str]:
     """Compile and ask the binary."""
     kernel, args, options = launch
@@ -132,4 +143,5 @@ def resources(launch: Launch) -> dict[str, int | str]:
 
 if __name__ == "__main__":
     found = [{"variant": name, **resources(r)} for name, case in VARIANTS.items() for r in launches(case)]
+    found.append({"variant": "memory", **resources(memory_launch())})
     print(json.dumps(found, indent=1))

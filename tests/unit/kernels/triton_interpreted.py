@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_rc_backend.decaying_memory import launch_linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
+from vllm_rc_backend.kernels import reference
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
 CASES = {
@@ -136,3 +138,16 @@ def test_sequences_that_share_a_prefix_part() -> None:
             runner.skip([seq_len, seq_len])
     first, second = runner.planner.current.slot.tolist()
     assert first != second
+
+
+@pytest.mark.parametrize(
+    ("lengths", "channels"), [((1,), 3), ((63, 64, 65), 40), ((200, 1, 1, 130), 32)], ids=str
+)
+def test_linear_scan(lengths: tuple[int, ...], channels: int) -> None:
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    decay, total = torch.rand(sum(lengths), channels), torch.randn(sum(lengths), 2, channels)
+    state = torch.randn(len(lengths), 2, channels)
+    expected = reference.linear_scan(decay, total, starts, state)
+    torch.testing.assert_close(
+        launch_linear_scan(decay, total, starts, state), expected, atol=1e-5, rtol=1e-5
+    )

@@ -1,0 +1,110 @@
+"""RAT+ on real vLLM: whatever the scheduler does, the answers are those of plain torch over each whole sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_rc_backend.evaluation.llama import Llama
+from vllm_rc_backend.evaluation.samples import predict
+from vllm_rc_backend.evaluation.sparse import dense_window
+
+from ..harness import FULL, SCENARIOS, Prompt, engine, greedy
+from ..rat_plus import write_rat_plus
+from .conftest import Audit
+
+
+@pytest.fixture(scope="module")
+def rat_plus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rat_plus(tmp_path_factory.mktemp("rat_plus"))
+
+
+@pytest.fixture(scope="module")
+def plain(rat_plus: Path) -> Llama:
+    return Llama(rat_plus, "cpu", torch.float32)
+
+
+def assert_plain(outputs: list[Any], plain: Llama) -> None:
+    """Every token of every sequence has the probability that plain torch computes from its whole prefix."""
+    assert outputs
+    for output in outputs:
+        for sequence in output.outputs:
+            assert sequence.token_ids
+            tokens = torch.tensor([[*output.prompt_token_ids, *sequence.token_ids]])
+            start = len(output.prompt_token_ids) - 1
+            log_p = predict(plain, plain.prefill(tokens[:, :start]), tokens[:, start:], dense_window)
+            expected = log_p.gather(-1, tokens[:, start + 1 :, None]).flatten()
+            got = [p[t].logprob for t, p in zip(sequence.token_ids, sequence.logprobs, strict=True)]
+            assert got == pytest.approx(expected.tolist(), abs=2e-3)
+
+
+@pytest.mark.parametrize(("backend", "caching"), [("CPU_ATTN", True), ("CPU_ATTN", False), ("rc_topk", True)])
+def test_every_scheduling_event(
+    backend: str,
+    caching: bool,
+    rat_plus: Path,
+    plain: Llama,
+    prompt: Prompt,
+    audit: Audit,
+    always_sparse: None,
+) -> None:
+    with engine(backend, FULL, model=str(rat_plus), enable_prefix_caching=caching) as llm:
+        for scenario in SCENARIOS:
+            outputs = scenario(llm, prompt)
+            assert_plain(outputs, plain)
+            if scenario.__name__ == "prefix_hits":
+                assert any(output.num_cached_tokens for output in outputs) == caching
+    if backend == "rc_topk":
+        audit.assert_right()
+
+
+def test_preemption(rat_plus: Path, plain: Llama, prompt: Prompt) -> None:
+    prompts = [prompt(500 + 60 * i, i) for i in range(6)]
+    settings = {"model": str(rat_plus), "max_model_len": 1024, "num_gpu_blocks_override": 40}
+    with engine("CPU_ATTN", **settings) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        preempted, preempt = [], scheduler._preempt_request
+        scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[
+            1
+        ]
+        assert_plain(llm.generate(prompts, greedy(100), use_tqdm=False), plain)
+        assert preempted, "the pool was large enough; the test tests nothing"
+
+
+def test_torch_compile(rat_plus: Path, plain: Llama, prompt: Prompt) -> None:
+    with engine("CPU_ATTN", model=str(rat_plus), enforce_eager=False) as llm:
+        assert_plain(llm.generate([prompt(300, 1), prompt(700, 2)], greedy(20), use_tqdm=False), plain)
+
+
+def test_tensor_parallel(
+    rat_plus: Path, plain: Llama, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, each with one KV head, its gates and its memory."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    settings = {"model": str(rat_plus), "tensor_parallel_size": 2, "kv_cache_memory_bytes": 64 << 20}
+    with engine("rc_topk", FULL, **settings) as llm:
+        assert_plain(llm.generate([prompt(300, 1), prompt(150, 2)], greedy(12), use_tqdm=False), plain)
+
+
+def test_ranks_that_split_a_head_are_refused(rat_plus: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_rc_backend.compat import UnsupportedError
+    from vllm_rc_backend.models.rat_plus import RATPlusForCausalLM
+
+    config = EngineArgs(model=str(rat_plus), dtype="float32").create_engine_config()
+    config.parallel_config.tensor_parallel_size = 4
+    with pytest.raises(UnsupportedError, match="--tensor-parallel-size 4"):
+        RATPlusForCausalLM(vllm_config=config)
+
+
+def test_speculation_is_refused(rat_plus: Path) -> None:
+    speculation = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    with (
+        pytest.raises(Exception, match="memory of rejected tokens"),
+        engine("CPU_ATTN", model=str(rat_plus), speculative_config=speculation),
+    ):
+        pass
