@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -163,7 +164,7 @@ def pool_tokens(vllm_config: Any, block_size: int) -> int:
     return int(cache.num_gpu_blocks or 0) * max(int(cache.block_size), block_size)
 
 
-def pool_blocks_bound(vllm_config: Any, side_block_bytes: int, allocated: int, total: int) -> int:
+def pool_blocks_bound(vllm_config: Any, side_block_bytes: int, taken: int, total: int) -> int:
     """The most blocks that vLLM can plan for once the side store is taken out of its memory.
 
     vLLM sizes the pool after it has measured what the process holds, this plugin's tensors included. With ``s`` side
@@ -172,16 +173,17 @@ def pool_blocks_bound(vllm_config: Any, side_block_bytes: int, allocated: int, t
 
     Args:
         side_block_bytes: side bytes of one block, all layers.
-        allocated: device bytes held after loading the weights.
-        total: device bytes of the machine.
+        taken: device bytes that this engine holds before the side store, or fewer: its weights.
+        total: bytes of the device.
     """
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks_override is not None:
         return int(cache.num_gpu_blocks_override)
     if cache.kv_cache_memory_bytes is not None:  # the user's figure is for the pool alone
         return int(cache.kv_cache_memory_bytes) // pool_block_bytes(vllm_config)
-    available = int(total * cache.gpu_memory_utilization) - allocated
-    return max(available, 0) // (pool_block_bytes(vllm_config) + side_block_bytes)
+    available = math.ceil(total * cache.gpu_memory_utilization) - taken
+    # Rounded up: what rounding down leaves over may hold one more pool block, if not its side bytes as well.
+    return math.ceil(max(available, 0) / (pool_block_bytes(vllm_config) + side_block_bytes))
 
 
 def own_pool_bytes(vllm_config: Any, nbytes: int) -> None:

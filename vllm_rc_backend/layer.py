@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,6 +113,41 @@ def refuse_layer(alibi_slopes: object, logits_soft_cap: float | None, sinks: obj
             )
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on the device at one moment.
+
+    Attributes:
+        allocated: held by this process's tensors.
+        free: held by nobody.
+        total: of the device.
+    """
+
+    allocated: int
+    free: int
+    total: int
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> DeviceMemory:
+        """Now. On a CPU, where vLLM plans its KV pool from the machine's size, nothing counts as held."""
+        if vllm_config.device_config.device_type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            return cls(torch.cuda.memory_allocated(), free, total)
+        from vllm.platforms import current_platform
+
+        total = int(current_platform.get_device_total_memory())
+        return cls(0, total, total)
+
+    def taken_since(self, before: DeviceMemory) -> int:
+        """Bytes that this engine has taken for certain; what vLLM will find taken is not less.
+
+        Tensors of an engine that this process had before are in ``before`` already, as vLLM counts them. Its memory
+        may be reused, so that tensors grow without the device's free memory shrinking; and segments may be larger
+        than the tensors in them: the smaller figure is certain.
+        """
+        return max(0, min(self.allocated - before.allocated, before.free - self.free))
+
+
 class SparseLayer:
     """The sparse side of one attention layer, owned by its vLLM implementation object.
 
@@ -118,6 +155,7 @@ class SparseLayer:
         sparse: whether the layer ever decodes sparsely; False for sliding windows, layers that read another layer's
             KV cache, and ``dense_layers``.
         store: the side store; None before the weights are loaded, and for dense layers.
+        before: the device's memory when the layer was made, before its weights were loaded.
     """
 
     def __init__(self, shape: LayerShape, sliding_window: int | None, shares_kv_of: str | None) -> None:
@@ -136,6 +174,7 @@ class SparseLayer:
         self.store: SideStore | None = None
         self.reserved = False
         self.index = 0  # in the model; known once the layers have names
+        self.before = DeviceMemory.of(self.vllm_config)
         # Set by the platform's backend, where it needs them.
         self.pages: Any = None  # with kv_residency=host: copies of pages on the device
         self.workspace: Any = None
@@ -262,15 +301,16 @@ def reserve(vllm_config: Any) -> None:
             "dense_layers stay dense): every step is dense."
         )
         return
-    device, allocated, total = _memory(vllm_config)
+    device = _device(vllm_config)
     block_size = vllm_config.cache_config.block_size
     layouts = {name: layer.layout(block_size, slots=0) for name, layer in layers.items()}
     side_block_bytes = sum(layout.block_bytes for layout in layouts.values())
-    blocks = compat.pool_blocks_bound(vllm_config, side_block_bytes, allocated, total)
+    blocks = compat.pool_blocks_bound(vllm_config, side_block_bytes, *_taken_and_total(vllm_config))
     slots = _slots(vllm_config, next(iter(layouts.values())), blocks * block_size)
-    for name, layer in layers.items():
-        layout = replace(layouts[name], slots=slots)
-        layer.store = SideStore(layout, blocks * layout.geometry.pages_per_block, device)
+    with kept_in_sleep(vllm_config):
+        for name, layer in layers.items():
+            layout = replace(layouts[name], slots=slots)
+            layer.store = SideStore(layout, blocks * layout.geometry.pages_per_block, device)
     _report(vllm_config, layers, blocks)
     counters = meter.get()
     counters.interval = next(iter(layers.values())).config.log_interval
@@ -329,7 +369,8 @@ def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[
                 pages,
                 layer.store.pages,
             )
-            layer.store = SideStore(layout, pages, layer.store.codes.device)
+            with kept_in_sleep(vllm_config):
+                layer.store = SideStore(layout, pages, layer.store.codes.device)
         layer.store.layout = layout
     return layers
 
@@ -339,14 +380,31 @@ def make_tags(store: SideStore) -> SummaryTags:
     return SummaryTags.empty(store.layout.slots, store.pages, store.codes.device)
 
 
-def _memory(vllm_config: Any) -> tuple[torch.device, int, int]:
-    device = torch.device(vllm_config.device_config.device_type)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-        return device, torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
-    from vllm.platforms import current_platform
+def kept_in_sleep(vllm_config: Any) -> AbstractContextManager[None]:
+    """Where the plugin allocates what lives longer than a step: memory that stays when vLLM's sleep mode frees its own.
 
-    return device, 0, int(current_platform.get_device_total_memory())
+    vLLM loads weights and plans its KV cache inside pools that it empties in sleep; at level 2, and in vLLM 0.26 at
+    level 1, their contents are lost, and nothing tells a backend. Tags and counters of arrivals must not be.
+    """
+    if not vllm_config.model_config.enable_cumem_allocator:
+        return nullcontext()
+    return torch.cuda.use_mem_pool(torch.cuda.MemPool())
+
+
+def _device(vllm_config: Any) -> torch.device:
+    device = torch.device(vllm_config.device_config.device_type)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def _taken_and_total(vllm_config: Any) -> tuple[int, int]:
+    """Bytes that this engine has taken since its first attention layer was made, and bytes of the device."""
+    gc.collect()
+    if vllm_config.device_config.device_type == "cuda":
+        torch.cuda.empty_cache()  # as vLLM does before it measures
+    now = DeviceMemory.of(vllm_config)
+    # The first layer made is the one that saw the most free memory: weights only add to what is taken.
+    before = max((layer.before for layer in own_layers(vllm_config).values()), key=lambda memory: memory.free)
+    return now.taken_since(before), now.total
 
 
 def _slots(vllm_config: Any, layout: StoreLayout, pool_tokens: int) -> int:

@@ -9,7 +9,9 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -313,16 +315,14 @@ def changed(section: Any, name: str, value: Any) -> Iterator[None]:
         object.__setattr__(section, name, before)
 
 
-def check_kv_cache_planning() -> None:
-    """vLLM plans a pool for layers of this backend, of the block size and the bytes that the side store assumes."""
-    from vllm_rc_backend import compat
-
+def plan(memory: int) -> Any:
+    """vLLM's own plan of a KV pool of this many bytes, for layers of this backend."""
     try:
         from vllm.v1.core import kv_cache_planning as planning  # 0.33
     except ImportError:
         from vllm.v1.core import kv_cache_utils as planning
 
-    config, memory = engine_config(), 2**28
+    config = engine_config()
     specs = {name: layer.get_kv_cache_spec(config) for name, layer in layers().items()}
     with contextlib.suppress(ImportError):  # 0.32: one layout for the whole model
         from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
@@ -337,15 +337,53 @@ def check_kv_cache_planning() -> None:
         "global_kv_cache_groups": groups,
     }
     wanted = inspect.signature(planning.get_kv_cache_configs).parameters
-    (plan,) = planning.get_kv_cache_configs(**{k: v for k, v in arguments.items() if k in wanted})
+    (found,) = planning.get_kv_cache_configs(**{k: v for k, v in arguments.items() if k in wanted})
+    return found
 
-    assert sorted(plan.kv_cache_groups[0].layer_names) == sorted(layers())
-    block_size = plan.kv_cache_groups[0].kv_cache_spec.block_size
+
+def check_kv_cache_planning() -> None:
+    """The pool has the block size and the bytes that the side store assumes."""
+    from vllm_rc_backend import compat
+
+    config, memory = engine_config(), 2**28
+    planned = plan(memory)
+    assert sorted(planned.kv_cache_groups[0].layer_names) == sorted(layers())
+    block_size = planned.kv_cache_groups[0].kv_cache_spec.block_size
     assert block_size == config.cache_config.block_size
     assert block_size % 16 == 0, "pages of 16 tokens divide the block"
     block_bytes = compat.pool_block_bytes(config)
     assert block_bytes == 2 * block_size * 2 * 64 * 2 * 2  # layers, tokens, heads, head size, K and V, bytes
-    assert plan.num_blocks == memory // block_bytes
+    assert planned.num_blocks == memory // block_bytes
+
+
+def check_the_pool_never_outgrows_the_side_store() -> None:
+    """The reservation covers every pool that vLLM can plan afterwards, and hardly more than the largest."""
+    from vllm_rc_backend import compat
+
+    config, total = engine_config(), 2**30 + 12_345
+    for utilization, weights, side, activations in itertools.product(
+        (0.3, 0.9, 0.917), (0, 60_000_001), (544, 4352), (0, 5_000_000)
+    ):
+        with changed(config.cache_config, "gpu_memory_utilization", utilization):
+            blocks = compat.pool_blocks_bound(config, side, weights, total)
+        requested = math.ceil(total * utilization)  # as the worker's request_memory
+        planned = plan(requested - weights - blocks * side - activations).num_blocks
+        assert planned <= blocks, (utilization, weights, side, activations)
+        if not activations:
+            assert planned >= blocks - 2
+
+
+def check_memory_is_counted_as_taken_only_if_vllm_will_find_it_taken() -> None:
+    from vllm_rc_backend.layer import DeviceMemory
+
+    def taken(allocated: int, free: int) -> int:
+        # An engine that this process had before left 30 bytes behind.
+        return DeviceMemory(30 + allocated, 100 - free, 200).taken_since(DeviceMemory(30, 100, 200))
+
+    assert taken(allocated=20, free=20) == 20
+    assert taken(allocated=20, free=25) == 20, "the device gave larger segments than the tensors in them"
+    assert taken(allocated=20, free=5) == 5, "tensors went where the former engine had left room"
+    assert taken(allocated=-10, free=-10) == 0, "the former engine's tensors went meanwhile"
 
 
 def check_layers_are_found() -> None:

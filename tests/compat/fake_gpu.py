@@ -21,6 +21,10 @@ QUERIES = (
 )
 
 
+MEMORY = 139 * 2**30
+"""Bytes of the device, all free."""
+
+
 class _Empty:
     """Finds the compiled modules that this machine does not have."""
 
@@ -46,6 +50,7 @@ def register() -> str:
     sys.meta_path.append(_Empty)  # type: ignore[arg-type]
     for query in QUERIES:
         setattr(torch.ops._C, query, lambda capability: False)
+    torch.cuda.mem_get_info = lambda device=None: (MEMORY, MEMORY)
     return "fake_gpu.H200"
 
 
@@ -66,7 +71,7 @@ def __getattr__(name: str) -> type:
 
         @classmethod
         def get_device_total_memory(cls, device_id: int = 0) -> int:
-            return 139 * 2**30
+            return MEMORY
 
     globals()["H200"] = H200
     return H200

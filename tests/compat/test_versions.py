@@ -39,7 +39,7 @@ def results(version: str, platform: str, scratch: Path) -> dict[str, str | None]
         paths += [scratch, HERE]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     environment |= {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": os.pathsep.join(map(str, [*paths, HERE.parents[1]])),
         "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CACHE_ROOT": str(scratch / "cache"),  # vLLM keeps there what it found out about a model
