@@ -1,8 +1,10 @@
-"""Real vLLM on the GPU: captured decode graphs, the side store under every event, memory, agreement with dense."""
+"""Real vLLM on the GPU: captured decode graphs, the side store under every event, agreement with dense."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,25 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from vllm_rc_backend.attention_triton import COUNTERS
+from vllm_rc_backend.evaluation.tasks import make_prompts
+from vllm_rc_backend.evaluation.text import Corpus
 from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.reference import PagedKV
+from vllm_rc_backend.observability.device import INTERVAL
 
-from ..harness import FULL, SCENARIOS, SMALL, Answer, Prompt, answers, engine, greedy
+from ..harness import (
+    FULL,
+    MODEL,
+    SCENARIOS,
+    SMALL,
+    Answer,
+    Prompt,
+    answers,
+    assert_close,
+    engine,
+    greedy,
+    sparse_layers,
+)
 
 GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
 
@@ -23,12 +40,6 @@ GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_se
 def model_runner(llm: Any) -> Any:
     """The model runner of an engine that lives in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-
-
-def sparse_layers(llm: Any) -> dict[str, Any]:
-    """Our layers by name, with vLLM's layer objects."""
-    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    return {n: layer for n, layer in context.items() if layer.impl.sparse_layer.sparse}
 
 
 def counters(llm: Any) -> dict[str, int]:
@@ -39,10 +50,9 @@ def counters(llm: Any) -> dict[str, int]:
     return {n: v // len(layers) for n, v in zip(COUNTERS, workspace.counters.tolist(), strict=True)}
 
 
-def planners(llm: Any) -> list[Any]:
-    """The summary planners of all attention groups."""
-    builders = [g.get_metadata_builder() for groups in model_runner(llm).attn_groups for g in groups]
-    return [builder.planner for builder in builders if builder.planner is not None]
+def builders(llm: Any) -> list[Any]:
+    """The metadata builders of all attention groups."""
+    return [g.get_metadata_builder() for groups in model_runner(llm).attn_groups for g in groups]
 
 
 class Audit:
@@ -80,7 +90,7 @@ class Audit:
         if scales is not None:
             assert torch.allclose(store.scales[ids].float(), scales.float(), rtol=1e-3)
         self.pages += len(ids)
-        for planner in planners(self.llm):
+        for planner in (b.planner for b in builders(self.llm) if b.planner is not None):
             for m in range(geometry.sink_pages + 1, len(finished) + 1):
                 slot = planner.tags.find(int(ids[m - 1]))
                 if slot < 0:
@@ -104,22 +114,10 @@ def dense(prompt: Prompt) -> dict[str, list[Answer]]:
         return found
 
 
-def assert_close(got: list[Answer], expected: list[Answer]) -> None:
-    """bfloat16 answers: the same up to a tie, and probabilities close until then."""
-    assert len(got) == len(expected)
-    same = 0
-    for mine, theirs in zip(got, expected, strict=True):
-        split = next(
-            (i for i, (a, b) in enumerate(zip(mine.tokens, theirs.tokens, strict=False)) if a != b), None
-        )
-        end = len(mine.tokens) if split is None else split
-        assert mine.logprobs[:end] == pytest.approx(theirs.logprobs[:end], abs=0.25)
-        same += split is None
-    assert same >= len(got) / 2
-
-
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_full_budget_equals_dense(eager: bool, dense: dict[str, list[Answer]], prompt: Prompt) -> None:
+def test_full_budget_equals_dense(
+    eager: bool, dense: dict[str, list[Answer]], prompt: Prompt, caplog: pytest.LogCaptureFixture
+) -> None:
     with engine("rc_topk", FULL, enforce_eager=eager, **GPU) as llm:
         for scenario in SCENARIOS:
             if scenario.__name__ == "shared_then_parted":  # sampled: a tie changes everything after it
@@ -127,6 +125,9 @@ def test_full_budget_equals_dense(eager: bool, dense: dict[str, list[Answer]], p
             assert_close(answers(scenario(llm, prompt)), dense[scenario.__name__])
             llm.reset_prefix_cache()
         assert counters(llm)["dense_rows"] > 0
+    assert "allocating anew" not in caplog.text, (
+        "the side store was reserved for fewer pages than the pool has"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,50 +184,65 @@ def test_counters_under_replay_prove_what_was_read(prompt: Prompt) -> None:
         assert got["rows_without_summary"] == 0
 
 
-def test_needles(prompt: Prompt) -> None:
-    from pathlib import Path
-
-    from vllm_rc_backend.evaluation.tasks import make_prompts
-    from vllm_rc_backend.evaluation.text import Corpus
-
-    from ..harness import MODEL
-
-    corpus, _ = Corpus.installed(Path(MODEL))
+def test_needles_at_a_sixteenth() -> None:
+    """What dense attention finds among 8K tokens, 512 of them find, but for one in sixteen."""
+    corpus, packages = Corpus.installed(Path(MODEL))
+    assert packages
     made = make_prompts("multi_key", corpus, "comments", 8192, 16, seed=3)
-    questions = [{"prompt_token_ids": p.tokens[: p.answer.index(True)]} for p in made]
-    wanted = [p.tokens[p.answer.index(True) :] for p in made]
+    starts = [p.answer.index(True) for p in made]
+    questions = [{"prompt_token_ids": p.tokens[:start]} for p, start in zip(made, starts, strict=True)]
+    wanted = [tuple(p.tokens[start:]) for p, start in zip(made, starts, strict=True)]
+    params = [greedy(len(answer)) for answer in wanted]
     settings = GPU | {"max_model_len": 8704, "max_num_batched_tokens": 8192}
-    with engine("rc_topk", {"budget": 512}, **settings) as llm:
-        got = [
-            list(o.outputs[0].token_ids)
-            for o in llm.generate(questions, greedy(len(wanted[0])), use_tqdm=False)
-        ]
-    assert sum(g == w for g, w in zip(got, wanted, strict=True)) >= 15
+    found = []
+    for backend, options in (("FLASH_ATTN", None), ("rc_topk", {"budget": 512})):
+        with engine(backend, options, **settings) as llm:
+            got = answers(llm.generate(questions, params, use_tqdm=False))
+        found.append([answer.tokens == want for answer, want in zip(got, wanted, strict=True)])
+    dense, sparse = found
+    assert sum(dense) >= 15
+    assert sum(d and not s for d, s in zip(dense, sparse, strict=True)) <= 1
 
 
-def test_side_memory_is_inside_the_limit(prompt: Prompt) -> None:
-    """The KV pool shrinks by what the plugin holds, and the whole stays under the limit when it is full."""
-    settings = GPU | {"gpu_memory_utilization": 0.92, "max_model_len": 32768, "max_num_seqs": 64}
-    with engine("FLASH_ATTN", **settings) as llm:
-        plain = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    with engine("rc_topk", {}, **settings) as llm:
-        ours = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        held = sum(layer.impl.sparse_layer.store.nbytes for layer in sparse_layers(llm).values())
-        layer = next(iter(sparse_layers(llm).values()))
-        block = layer.kv_cache[0].nbytes * len(sparse_layers(llm))
-        assert ours < plain
-        assert (plain - ours) * block == pytest.approx(held, rel=0.25)
-        llm.generate([prompt(2000, i) for i in range(64)], greedy(8), use_tqdm=False)
-        total = torch.cuda.mem_get_info()[1]
-        assert torch.cuda.max_memory_reserved() < 0.93 * total
+def test_metering_costs_less_than_a_hundredth_of_a_step(
+    small_engine: Any, prompt: Prompt, record_property: Any
+) -> None:
+    """On the host, where it could hold up the next launch: the usual call, and the one in ``INTERVAL`` that copies."""
+    (meter,) = (b.meter for b in builders(small_engine) if b.meter is not None)
+    prompts = [prompt(400, i) for i in range(8)]
+
+    def decode_seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        small_engine.generate(prompts, greedy(tokens), use_tqdm=False)
+        return time.perf_counter() - start
+
+    decode_seconds(8)  # fills the prefix cache
+    step = min((decode_seconds(160) - decode_seconds(10)) / 150 for _ in range(3))
+
+    def call_seconds(copies: bool) -> float:
+        start = time.perf_counter()
+        for _ in range(1000):
+            meter.due = 0.0 if copies else float("inf")
+            meter.step()
+        return (time.perf_counter() - start) / 1000
+
+    idle, copying = call_seconds(False), call_seconds(True)
+    torch.cuda.synchronize()
+    meter.due = 0.0
+    share = idle / step + copying / INTERVAL
+    for name, value in {"step_us": step, "idle_us": idle, "copy_us": copying}.items():
+        record_property(name, round(value * 1e6, 2))
+    print(f"step {step * 1e6:.0f} us, meter {idle * 1e6:.2f} us, copying {copying * 1e6:.2f} us: {share:.3%}")
+    assert share < 0.01
 
 
 def test_fp8_kv_cache(prompt: Prompt) -> None:
-    prompts = [prompt(900, 1), prompt(400, 2)]
+    prompts = [prompt(300 + 150 * i, i) for i in range(6)]
     settings = GPU | {"kv_cache_dtype": "fp8"}
     with engine("FLASH_ATTN", **settings) as llm:
         expected = answers(llm.generate(prompts, greedy(12), use_tqdm=False))
     with engine("rc_topk", FULL, **settings) as llm:
-        assert_close(answers(llm.generate(prompts, greedy(12), use_tqdm=False)), expected)
+        # FlashAttention rounds the softmax's weights to 8 bits as well, which ours does not.
+        assert_close(answers(llm.generate(prompts, greedy(12), use_tqdm=False)), expected, tolerance=0.5)
     with engine("rc_topk", SMALL, **settings) as llm:
         assert all(len(a.tokens) == 12 for a in answers(llm.generate(prompts, greedy(12), use_tqdm=False)))
