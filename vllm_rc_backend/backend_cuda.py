@@ -28,6 +28,7 @@ from vllm_rc_backend.layer import (
     SparseImpl,
     SparseLayer,
     bind,
+    kept_in_sleep,
     make_tags,
     sparse_layers,
 )
@@ -103,8 +104,9 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         first = next(iter(layers.values()))
         assert first.store is not None
         if first.store.layout.slots:
-            tags = make_tags(first.store)
-            self.planner = SummaryPlanner(first.store.layout.geometry, tags, max_rows(vllm_config))
+            with kept_in_sleep(vllm_config):
+                tags = make_tags(first.store)
+                self.planner = SummaryPlanner(first.store.layout.geometry, tags, max_rows(vllm_config))
         workspace = first.attention.workspace
         self.meter = DeviceMeter(workspace.counters, first.store.layout, len(sparse_layers(vllm_config)))
 
@@ -214,7 +216,8 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
         first = not self.sparse_layer.reserved
         super().process_weights_after_loading(act_dtype)
         if first:
-            reserve_workspaces(self.sparse_layer.vllm_config)
+            with kept_in_sleep(self.sparse_layer.vllm_config):
+                reserve_workspaces(self.sparse_layer.vllm_config)
 
     def forward(
         self,

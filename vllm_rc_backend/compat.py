@@ -181,7 +181,7 @@ def pool_blocks_bound(vllm_config: Any, side_block_bytes: int, taken: int, total
         return int(cache.num_gpu_blocks_override)
     if cache.kv_cache_memory_bytes is not None:  # the user's figure is for the pool alone
         return int(cache.kv_cache_memory_bytes) // pool_block_bytes(vllm_config)
-    available = math.ceil(total * cache.gpu_memory_utilization) - taken
+    available: int = math.ceil(total * cache.gpu_memory_utilization) - taken
     # Rounded up: what rounding down leaves over may hold one more pool block, if not its side bytes as well.
     return math.ceil(max(available, 0) / (pool_block_bytes(vllm_config) + side_block_bytes))
 
