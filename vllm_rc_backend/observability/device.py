@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,12 @@ from vllm_rc_backend.observability import meter
 from vllm_rc_backend.observability.meter import Counts
 from vllm_rc_backend.side_store import StoreLayout
 
+INTERVAL = 0.01
+"""Seconds between copies: a copy costs the host about as much as a kernel launch, and nobody reads more often."""
+
 
 class DeviceMeter:
-    """Copies the counters to pinned memory every step; whoever reads that sees the last step that has finished.
+    """Copies the counters to pinned memory now and then; whoever reads that sees the last copy that has finished.
 
     Args:
         counters: int64 ``[len(COUNTERS)]`` on the device, totals over rows and layers.
@@ -25,14 +30,21 @@ class DeviceMeter:
         self.layout = layout
         self.layers = layers
         self.host = torch.zeros(len(COUNTERS), dtype=torch.int64, pin_memory=True)
+        self.due = 0.0
+        meter.get().source = self.totals
 
     def step(self) -> None:
-        """Called once a step, from the host; a few microseconds, no wait."""
-        if torch.cuda.is_current_stream_capturing():
+        """Called once a step, from the host; never waits."""
+        now = time.monotonic()
+        if now < self.due or torch.cuda.is_current_stream_capturing():
             return
+        self.due = now + INTERVAL
         self.host.copy_(self.counters, non_blocking=True)
-        meter.get().counts = self.read(self.host)
         meter.get().log()
+
+    def totals(self) -> Counts:
+        """Totals per layer."""
+        return self.read(self.host)
 
     def read(self, counters: Tensor) -> Counts:
         """Totals per layer, from the counters on the host."""

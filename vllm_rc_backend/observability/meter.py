@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -69,12 +70,23 @@ class Counts:
 
 @dataclass
 class Meter:
-    """Counters of this process and the periodic log line."""
+    """Counters of this process and the periodic log line.
+
+    Attributes:
+        interval: seconds between log lines; 0 for none.
+        counts: what ``step`` counted.
+        source: where a device counts instead.
+    """
 
     interval: float = 10.0
     counts: Counts = field(default_factory=Counts)
+    source: Callable[[], Counts] | None = None
     _logged: Counts = field(default_factory=Counts)
     _next: float = 0.0
+
+    def totals(self) -> Counts:
+        """A snapshot of what was counted since the start."""
+        return self.counts.copy() if self.source is None else self.source()
 
     def step(self, layout: StoreLayout, batch: Batch, sparse: list[int]) -> None:
         """Count one step's decode rows."""
@@ -110,10 +122,11 @@ class Meter:
         now = time.monotonic()
         if not self.interval or now < self._next:
             return
-        since = self.counts.since(self._logged)
+        totals = self.totals()
+        since = totals.since(self._logged)
         if since.sparse_rows + since.dense_rows:
             logger.info("rc_topk: %s", since.sentence())
-            self._logged = self.counts.copy()
+            self._logged = totals
             self._next = now + self.interval
 
 

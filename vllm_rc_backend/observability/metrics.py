@@ -1,9 +1,10 @@
 """Brings the counters of the worker processes to ``/metrics`` of the API server.
 
 A worker's counters live in its own process, the server's ``/metrics`` in another, and vLLM has no channel for a plugin
-between them. The first process that loads the plugin names a folder in the environment; every worker writes its totals
-there, the first process reads them when it is scraped. With several API servers vLLM sets up prometheus_client's
-multiprocess mode, which collects the workers' own counters: there ``Mirror`` is enough.
+between them. The first process that loads the plugin names a folder in the environment, which its children inherit;
+every worker writes its totals there, and whichever process serves ``/metrics`` adds them up when it is scraped. With
+several API servers vLLM sets up prometheus_client's multiprocess mode, which collects the workers' own counters: there
+``Mirror`` is enough.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _publish() -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     while True:
         time.sleep(INTERVAL)
-        counts = meter.get().counts.copy()
+        counts = meter.get().totals()
         if counts == written:
             continue
         written = counts
