@@ -31,7 +31,7 @@ test: venv ## everything that runs without a GPU or a network: lint, types, docs
 test-unit: venv ## the method without vLLM (about a minute)
 	$(PYTEST) tests/unit
 
-test-deploy: venv ## deploy/ against schemas, linters and parsers (seconds)
+test-deploy: venv ## deploy/ against schemas, linters and parsers; the wheel in a fresh environment (a minute)
 	$(PYTEST) tests/deploy
 
 test-engine: venv ## the backend inside real vLLM on the CPU (about ten minutes)

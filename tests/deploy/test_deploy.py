@@ -49,6 +49,14 @@ def test_yaml_style() -> None:
     run("yamllint", "--strict", "-c", DEPLOY / ".yamllint.yaml", DEPLOY)
 
 
+def test_workflow() -> None:
+    """GitHub's own schema; and it runs what CI runs."""
+    file = ROOT / ".github" / "workflows" / "ci.yml"
+    run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", file)
+    steps = [step for job in load(file)["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in [step.get("run") for step in steps]
+
+
 def test_dockerfile() -> None:
     run("hadolint", DEPLOY / "docker" / "Dockerfile")
 

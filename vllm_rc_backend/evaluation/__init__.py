@@ -1,0 +1,1 @@
+"""Accuracy and speed at matched read budgets."""
