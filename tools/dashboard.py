@@ -1,8 +1,7 @@
-"""Write ``deploy/grafana/dashboard.json`` with Grafana's own typed builders; ``--check`` only compares."""
+"""Write ``deploy/grafana/dashboard.json`` with Grafana's own typed builders."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -14,6 +13,8 @@ from grafana_foundation_sdk.builders import common, dashboard, prometheus, times
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement
 from grafana_foundation_sdk.models.dashboard import DataSourceRef
+
+from tools.generated import write_or_check
 
 FILE = Path(__file__).parent.parent / "deploy" / "grafana" / "dashboard.json"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -203,17 +204,5 @@ def page() -> str:
     return JSONEncoder(sort_keys=True, indent=2).encode(built.build()) + "\n"
 
 
-def main() -> int:
-    """Write or check the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the file is not current")
-    if not parser.parse_args().check:
-        FILE.write_text(page())
-    elif not FILE.exists() or FILE.read_text() != page():
-        print(f"{FILE} is not current: run `make docs`", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(FILE, page, __doc__))

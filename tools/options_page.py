@@ -1,11 +1,11 @@
-"""Write ``docs/options.md`` from the options' own definitions; ``--check`` only compares."""
+"""Write ``docs/options.md`` from the options' own definitions."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from tools.generated import write_or_check
 from vllm_rc_backend.config import KEY, RCTopKConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
@@ -35,17 +35,5 @@ def page() -> str:
     return "\n".join([INTRODUCTION, *sections])
 
 
-def main() -> int:
-    """Write or check the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the page is not current")
-    if not parser.parse_args().check:
-        PAGE.write_text(page())
-    elif not PAGE.exists() or PAGE.read_text() != page():
-        print(f"{PAGE} is not current: run `make docs`", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page, __doc__))

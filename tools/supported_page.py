@@ -1,8 +1,7 @@
-"""Write ``docs/supported.md`` from the table below; ``--check`` compares, and looks for the test behind each row."""
+"""Write ``docs/supported.md`` from the table below, after a look for the test behind each row."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.families import FAMILIES
+from tools.generated import write_or_check
 from vllm_rc_backend.compat import SUPPORTED
 
 ROOT = Path(__file__).parent.parent
@@ -157,21 +157,12 @@ def functions(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-def main() -> int:
-    """Write or check the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the page is not current")
-    check = parser.parse_args().check
+def checked_page() -> str:
+    """The page, if every row has the test that it claims."""
     if wrong := list(problems()):
-        print("\n".join(wrong), file=sys.stderr)
-        return 1
-    if not check:
-        PAGE.write_text(page())
-    elif not PAGE.exists() or PAGE.read_text() != page():
-        print(f"{PAGE} is not current: run `make docs`", file=sys.stderr)
-        return 1
-    return 0
+        raise SystemExit("\n".join(wrong))
+    return page()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, checked_page, __doc__))
