@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from vllm_rc_backend.attention import Batch, ReferenceAttention
 from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import PagedKV
+
+from ..harness import Answer
 
 
 @dataclass
@@ -85,3 +88,18 @@ def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
         return self.mid_end(seq_len) > self.sink_pages
 
     monkeypatch.setattr(Geometry, "is_sparse", is_sparse)
+
+
+def assert_context_matters(one: Answer, other: Answer) -> None:
+    """Unless two contexts give different answers, nothing can be learnt from comparing answers."""
+    first, second = (sorted(answer.likeliest[0].values()) for answer in (one, other))
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 0.01, "what is read decides nothing"
+
+
+@pytest.fixture
+def strong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights so large that what attention reads decides the answer; vLLM's own (0.001 at most) leave it out."""
+    from vllm.model_executor.model_loader import dummy_loader
+
+    larger = partial(dummy_loader.initialize_single_dummy_weight, low=-0.5, high=0.5)
+    monkeypatch.setattr(dummy_loader, "initialize_single_dummy_weight", larger)

@@ -10,7 +10,7 @@ import pytest
 
 from ..families import COMMON, FAMILIES, GPT_OSS, Family
 from ..harness import FULL, Prompt, answers, assert_same, engine, greedy
-from .conftest import Audit
+from .conftest import Audit, assert_context_matters
 
 
 def settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -26,12 +26,16 @@ def settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_family(family: Family, tmp_path: Path, prompt: Prompt, audit: Audit, always_sparse: None) -> None:
+def test_family(
+    family: Family, tmp_path: Path, prompt: Prompt, audit: Audit, always_sparse: None, strong_weights: None
+) -> None:
     arguments = settings(family.config, tmp_path)
-    prompts = [prompt(300, 1), prompt(200, 2)]
+    whole = prompt(300, 1)["prompt_token_ids"]
+    prompts = [{"prompt_token_ids": ids} for ids in (whole, whole[100:])]
     params = greedy(12, detokenize=False)
     with engine("CPU_ATTN", **arguments) as llm:
         expected = answers(llm.generate(prompts, params, use_tqdm=False))
+    assert_context_matters(*expected)
     with engine("rc_topk", FULL, **arguments) as llm:
         context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         assert tuple(layer.impl.sparse_layer.sparse for layer in context.values()) == family.sparse

@@ -40,7 +40,7 @@ def gemma3(tmp_path: Path) -> str:
 
 
 def test_sliding_window_layers_stay_dense(
-    gemma3: str, prompt: Prompt, audit: Audit, always_sparse: None
+    gemma3: str, prompt: Prompt, audit: Audit, always_sparse: None, strong_weights: None
 ) -> None:
     settings: dict[str, Any] = {"model": gemma3, "load_format": "dummy", "skip_tokenizer_init": True}
     prompts = [prompt(600, 1), prompt(300, 2), prompt(900, 3)]
