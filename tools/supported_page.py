@@ -91,7 +91,8 @@ TABLES: dict[str, list[Row]] = {
         Row("KV-sharing fast prefill", REFUSED, "", UNSAFE),
     ],
     "Parallelism": [
-        Row("tensor parallel, mp executor", WORKS, "on the CPU", "engine/test_models.py::test_tensor_parallel_equals_one_rank"),
+        Row("tensor parallel, mp executor", WORKS, "on the CPU",
+            "engine/test_models.py::test_tensor_parallel_equals_one_rank"),
         Row("tensor parallel on two GPUs, mp and Ray", UNTESTED, "needs two GPUs to run",
             "gpu/test_processes.py::test_tensor_parallel_equals_one_rank"),
         Row("tensor parallel, Ray executor", WORKS, "both of vLLM's, on the CPU; see below",
