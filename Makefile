@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-PAGES := options_page supported_page dashboard
+PAGES := options_page supported_page memory_comparison dashboard
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
@@ -61,7 +61,7 @@ lint: venv ## style and likely mistakes
 types: venv ## mypy, strict
 	$(BIN)/mypy
 
-docs: venv ## rewrite what is generated: docs/options.md, docs/supported.md and the Grafana dashboard
+docs: venv ## rewrite what is generated: docs/options.md, docs/supported.md, docs/exponential-memory.md and the Grafana dashboard
 	@for page in $(PAGES); do $(BIN)/python -m tools.$$page || exit 1; done
 
 docs-check: venv ## fail if those are not what `make docs` writes
