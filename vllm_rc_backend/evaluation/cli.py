@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
+from torch import Tensor
 
 from vllm_rc_backend.completion import COMPLETIONS
 from vllm_rc_backend.completion.feature_file import FeatureFile, fingerprint
 from vllm_rc_backend.config import RCTopKConfig
+from vllm_rc_backend.doctor import ModelFacts
 from vllm_rc_backend.evaluation.diagnostics import diagnose
 from vllm_rc_backend.evaluation.grid import DENSE, Case, Journal, Selection, Shapes, cases, published, row
 from vllm_rc_backend.evaluation.llama import Llama
 from vllm_rc_backend.evaluation.measure import measure
 from vllm_rc_backend.evaluation.needles import NEEDLES
-from vllm_rc_backend.evaluation.report import markdown, plot
-from vllm_rc_backend.evaluation.samples import Sizes, make_samples
+from vllm_rc_backend.evaluation.report import diagnosis_tables, markdown, plot
+from vllm_rc_backend.evaluation.samples import Samples, Sizes, draw, make_samples
+from vllm_rc_backend.evaluation.snapkv import SnapKV
 from vllm_rc_backend.evaluation.tasks import FORMATS, HELD_OUT, TASKS
 from vllm_rc_backend.evaluation.text import Corpus, text_files
 
@@ -37,18 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.report:
         return _report(options.out, Journal.open(options.out / ROWS), console)
-    sizes = Sizes(options.sequences, options.positions, options.prompts, options.seed, options.batch)
-    model = Llama(options.model, options.device)
+    config = json.loads((options.model / "config.json").read_text())
     corpus, sources = _corpus(options)
-    features = None
-    if options.features_file:
-        file = FeatureFile.load(options.features_file, fingerprint(model.config))
-        features = [maps.to(model.device) for maps in file.layers]
-    shapes = Shapes(model.layers, model.heads, model.head_size, features)
-    name = options.name or options.model.resolve().name
+    sizes = Sizes(options.sequences, options.positions, options.prompts, options.seed, options.batch)
     header = {
-        "model": name,
-        "fingerprint": fingerprint(model.config),
+        "model": options.name or options.model.resolve().name,
+        "fingerprint": fingerprint(config),
         "format": options.format,
         "text": sources,
         "sizes": vars(sizes) | {"batch": None},
@@ -56,8 +54,24 @@ def main(argv: list[str] | None = None) -> int:
         "tail_tokens": RCTopKConfig.tail_tokens,
         "group_rule": RCTopKConfig.group_rule,
     }
-    journal = Journal(options.out / ROWS, header)
+    file = FeatureFile.load(options.features_file, fingerprint(config)) if options.features_file else None
+    run = _by_engine if options.engine else _by_reference
+    return _report(options.out, run(options, corpus, sizes, header, file, console), console)
 
+
+def _by_reference(
+    options: argparse.Namespace,
+    corpus: Corpus,
+    sizes: Sizes,
+    header: dict[str, Any],
+    file: FeatureFile | None,
+    console: Console,
+) -> Journal:
+    """All rows by the teacher-forced reference: a context and task at a time, prefilled once."""
+    journal = Journal(options.out / ROWS, header)
+    model = Llama(options.model, options.device)
+    features = [maps.to(model.device) for maps in file.layers] if file else None
+    shapes = Shapes(model.layers, model.heads, model.head_size, features)
     groups = [(context, task) for context in options.contexts for task in options.tasks]
     grid = (options.budgets, options.selections, options.completions)
     with Progress(console=console, transient=True) as bars:
@@ -66,24 +80,80 @@ def main(argv: list[str] | None = None) -> int:
         for context, task in groups:
             todo = [case for case in cases(context, task, *grid) if case not in journal.rows]
             bars.advance(bar, len(list(cases(context, task, *grid))) - len(todo))
-            if not todo:
+            diagnostics = options.out / f"diagnostics-{context}.json"
+            wanted = options.diagnostics and task == HELD_OUT and not diagnostics.exists()
+            if not todo and not wanted:
                 continue
             bars.update(bar, description=f"{task} at {context}: dense")
-            samples = make_samples(model, corpus, task, options.format, context, sizes)
+            drawn = draw(corpus, task, options.format, context, sizes)
+            samples = make_samples(model, drawn, task, sizes.batch)
             for case in todo:
                 bars.update(bar, description=f"{task} at {context}: {case.selection}, {case.completion}")
                 settings = None if case.selection == DENSE else shapes.settings(case)
-                journal.add(
-                    row(name, case, measure(model, samples, settings), shapes.reads(case, samples.window))
-                )
+                result = measure(model, samples, settings)
+                journal.add(row(header["model"], case, result, shapes.reads(case, drawn.window)))
                 bars.advance(bar)
-            if options.diagnostics and task == HELD_OUT:
-                _diagnose(model, samples, shapes, options, context)
+            if wanted:
+                bars.update(bar, description=f"{task} at {context}: diagnostics")
+                diagnostics.write_text(json.dumps(_diagnose(model, samples, shapes, options, context)) + "\n")
+    return journal
 
-    return _report(options.out, journal, console)
+
+def _by_engine(
+    options: argparse.Namespace,
+    corpus: Corpus,
+    sizes: Sizes,
+    header: dict[str, Any],
+    file: FeatureFile | None,
+    console: Console,
+) -> Journal:
+    """All rows by vLLM: a context and setting at a time, each with an engine of its own."""
+    from vllm_rc_backend.evaluation import engine
+
+    journal = Journal(
+        options.out / ROWS, header | {"vllm": engine.VERSION, "engine_args": options.engine_args}
+    )
+    facts = ModelFacts.read(str(options.model))
+    shapes = Shapes(facts.layers, facts.kv_heads, facts.head_size, file.layers if file else None)
+    with Progress(console=console, transient=True) as bars:
+        bar = bars.add_task("measuring", total=None)
+        for context in options.contexts:
+            settings = list(
+                cases(context, HELD_OUT, options.budgets, options.selections, options.completions)
+            )
+            left = {
+                task: [s for s in settings if replace(s, task=task) not in journal.rows]
+                for task in options.tasks
+            }
+            drawn = {
+                task: draw(corpus, task, options.format, context, sizes)
+                for task in options.tasks
+                if left[task]
+            }
+            dense: dict[str, list[Tensor]] = {}
+            for setting in settings:
+                # Dense first, whether its rows are there or not: all others are compared with it.
+                is_dense = setting.selection == DENSE
+                tasks = [task for task in drawn if is_dense or setting in left[task]]
+                if not tasks:
+                    continue
+                backend = None if is_dense else setting.options(options.features_file)
+                bars.update(bar, description=f"{context}: {setting.selection}, {setting.completion}")
+                with engine.start(options.model, backend, context, sizes.batch, options.engine_args) as llm:
+                    for task in tasks:
+                        found = engine.decode(llm, drawn[task])
+                        dense.setdefault(task, found)
+                        case = replace(setting, task=task)
+                        if case not in journal.rows:
+                            result = engine.measure(drawn[task], dense[task], found)
+                            reads = shapes.reads(case, drawn[task].window)
+                            journal.add(row(header["model"], case, result, reads))
+    return journal
 
 
-def _diagnose(model: Llama, samples: Any, shapes: Shapes, options: argparse.Namespace, context: int) -> None:
+def _diagnose(
+    model: Llama, samples: Samples, shapes: Shapes, options: argparse.Namespace, context: int
+) -> dict[str, Any]:
     """Errors per layer and head of the first selection, without and with completion, at the middle budget."""
     budget = options.budgets[len(options.budgets) // 2]
     rows = []
@@ -91,8 +161,7 @@ def _diagnose(model: Llama, samples: Any, shapes: Shapes, options: argparse.Name
         settings = shapes.settings(Case(context, HELD_OUT, budget, options.selections[0], completion))
         for layer, found in enumerate(diagnose(model, samples, settings)):
             rows += [{"completion": completion, **entry} for entry in found.rows(layer)]
-    entry = {"context": context, "budget": budget, "selection": options.selections[0], "rows": rows}
-    (options.out / f"diagnostics-{context}.json").write_text(json.dumps(entry) + "\n")
+    return {"context": context, "budget": budget, "selection": options.selections[0], "rows": rows}
 
 
 def _report(out: Path, journal: Journal, console: Console) -> int:
@@ -102,9 +171,11 @@ def _report(out: Path, journal: Journal, console: Console) -> int:
     (out / "accuracy.json").write_text(
         f'{{"about": {json.dumps(journal.header)},\n "rows": [\n  {lines}\n ]}}\n'
     )
-    (out / "accuracy.md").write_text(markdown(rows))
+    diagnoses = [json.loads(path.read_text()) for path in sorted(out.glob("diagnostics-*.json"))]
+    text = "\n".join((markdown(rows), *map(diagnosis_tables, diagnoses)))
+    (out / "accuracy.md").write_text(text)
     plot(rows, out / "accuracy.png")
-    console.print(Markdown(markdown(rows)))
+    console.print(Markdown(text))
     console.print(f"written: {out}/accuracy.json, accuracy.md, accuracy.png")
     return 0
 
@@ -178,6 +249,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", type=int, default=Sizes.prompts, help="prompts of each other task (default %(default)s)")
     add("--batch", type=int, default=Sizes.batch, help="sequences computed at a time (default %(default)s)")
     add("--seed", type=int, default=0)
+    add(
+        "--engine",
+        action="store_true",
+        help="measure through vLLM on this machine instead of the reference: slower, any model that it serves",
+    )
+    add(
+        "--engine-args",
+        type=json.loads,
+        default={},
+        help="with --engine: further arguments of vllm.LLM as a JSON object",
+    )
     add("--report", action="store_true", help="measure nothing, write the tables of --out again")
     add("--diagnostics", action="store_true", help="also errors per layer and head, by quartile of entropy")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -192,6 +274,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for completion in options.completions:
         if completion not in {"features", *COMPLETIONS}:
             parser.error(f"--completions: {completion!r} is not one of features, {', '.join(COMPLETIONS)}")
+    if not isinstance(options.engine_args, dict):
+        parser.error(f"--engine-args: {options.engine_args!r} is not a JSON object")
+    if options.engine:
+        if SnapKV.name in options.selections:
+            parser.error(f"--selections {SnapKV.name} is for the reference only: leave out --engine")
+        if options.diagnostics:
+            parser.error("--diagnostics looks into the reference's attention: leave out --engine")
+    elif options.engine_args:
+        parser.error("--engine-args needs --engine")
     if "features" in options.completions and not options.features_file:
         parser.error("--completions features needs --features-file")
     return options

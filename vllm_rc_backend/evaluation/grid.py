@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_rc_backend.completion import Completion, make_completion
+from vllm_rc_backend.completion import LEARNED, Completion, make_completion
 from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.config import RCTopKConfig
 from vllm_rc_backend.evaluation.measure import Estimate, Result
@@ -77,6 +77,15 @@ class Case:
     budget: float
     selection: str
     completion: str
+
+    def options(self, features_file: Path | None = None) -> RCTopKConfig:
+        """The engine's options for it; refuses what an engine would refuse."""
+        learned = self.completion == LEARNED
+        return Selection.parse(self.selection).options(
+            budget=int(self.context * self.budget),
+            completion=self.completion,
+            features_file=str(features_file) if learned else None,
+        )
 
 
 def cases(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,22 +70,52 @@ class Result:
 
 def measure(model: Llama, samples: Samples, settings: Sequence[Setting] | None) -> Result:
     """Decode the samples' windows with one setting per layer; None: the dense run itself."""
-    kl, loss, hits, counts = [], [], [], []
+    parts = []
     for cache, window, counted, dense in zip(
         samples.caches, samples.windows, samples.counted, samples.dense, strict=True
     ):
         log_p = (
             dense if settings is None else predict(model, cache, window, sparse_attention(settings, cache))
         )
-        targets = window[:, 1:]
-        kl.append(_per_sample((dense.exp() * (dense - log_p)).sum(dim=-1), counted))
-        loss.append(_per_sample(-log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), counted))
-        hits.append(_per_sample((log_p.argmax(dim=-1) == targets).float(), counted))
-        counts.append(counted.sum(dim=1).float())
-    weights, hit = torch.cat(counts).cpu(), torch.cat(hits).cpu()
+        parts.append(compare(dense, log_p, window[:, 1:], counted))
+    return summarise(parts)
+
+
+class PerSample(NamedTuple):
+    """Means over the counted positions of each sample, and how many there are; ``[samples]`` each, on the host."""
+
+    kl: Tensor
+    loss: Tensor
+    hits: Tensor
+    counts: Tensor
+
+
+def compare(dense: Tensor, log_p: Tensor, targets: Tensor, counted: Tensor) -> PerSample:
+    """One batch of samples.
+
+    Args:
+        dense, log_p: log-probabilities ``[samples, positions, vocabulary]`` under dense and under this attention.
+        targets: the true tokens, int64 ``[samples, positions]``.
+        counted: bool, like ``targets``.
+    """
+
+    def mean(values: Tensor) -> Tensor:
+        return ((values * counted).sum(dim=1) / counted.sum(dim=1)).cpu()
+
+    return PerSample(
+        kl=mean((dense.exp() * (dense - log_p)).sum(dim=-1)),
+        loss=mean(-log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)),
+        hits=mean((log_p.argmax(dim=-1) == targets).float()),
+        counts=counted.sum(dim=1).float().cpu(),
+    )
+
+
+def summarise(parts: Sequence[PerSample]) -> Result:
+    """All batches as one row."""
+    kl, loss, hit, weights = (torch.cat(values) for values in zip(*parts, strict=True))
     return Result(
-        kl=Estimate.of_means(torch.cat(kl).cpu(), weights),
-        loss=Estimate.of_means(torch.cat(loss).cpu(), weights),
+        kl=Estimate.of_means(kl, weights),
+        loss=Estimate.of_means(loss, weights),
         exact=Estimate.of_share(int((hit == 1).sum()), len(hit)),
         accuracy=Estimate.of_means(hit, weights),
         samples=len(hit),
@@ -99,8 +130,3 @@ def sparse_attention(settings: Sequence[Setting], cache: KVCache) -> Attention:
         return sparse_window(query, keys, values, settings[layer], cache.queries[layer])
 
     return attend
-
-
-def _per_sample(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of the counted positions of each sample."""
-    return (values * counted).sum(dim=1) / counted.sum(dim=1)

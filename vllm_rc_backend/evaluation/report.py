@@ -103,6 +103,39 @@ def _matched_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def diagnosis_tables(entry: dict[str, Any]) -> str:
+    """What ``diagnose`` found: by quartile of entropy over all layers, and the output error of every head."""
+    rows, completions = entry["rows"], _distinct(entry["rows"], "completion")
+    setting = f"{entry['context']} tokens, {entry['selection']}, {share(entry['budget'])}"
+    lines = [
+        f"### Diagnostics on held-out text, {setting}\n",
+        "Means over layers and positions, by quartile of the entropy of dense attention in each layer.\n",
+        "| quartile | completion | output error | log-denominator error | captured mass | entropy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for quartile in range(4):
+        for completion in completions:
+            chosen = [r for r in rows if (r["quartile"], r["completion"]) == (quartile, completion)]
+            error, mass_error, captured, entropy = (
+                sum(r[name] for r in chosen) / len(chosen)
+                for name in ("output_error", "log_denominator_error", "captured_mass", "entropy")
+            )
+            lines.append(
+                f"| {quartile + 1} | {completion} | {error:.4f} | {mass_error:+.4f} | {captured:.3f} | {entropy:.2f} |"
+            )
+    heads = sorted({(r["layer"], r["head"]) for r in rows if r["head"] >= 0})
+    errors = {(r["completion"], r["layer"], r["head"]): r["output_error"] for r in rows}
+    lines += [
+        "\nOutput error of every head (mean over positions).\n",
+        f"| layer, head | {' | '.join(completions)} |",
+        "|---" * (len(completions) + 1) + "|",
+    ]
+    for layer, head in heads:
+        values = " | ".join(f"{errors[completion, layer, head]:.4f}" for completion in completions)
+        lines.append(f"| {layer}, {head} | {values} |")
+    return "\n".join((*lines, ""))
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """KL on held-out text, and mean score of the other tasks, against token-equivalents; a column per context."""
     contexts = _distinct(rows, "context")

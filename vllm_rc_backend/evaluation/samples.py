@@ -50,42 +50,60 @@ class Samples:
     counted: list[Tensor]
     dense: list[Tensor]
 
-    @property
-    def window(self) -> int:
-        """Tokens after the prompt."""
-        return self.windows[0].shape[1]
-
 
 def predict(model: Llama, cache: KVCache, window: Tensor, attention: Attention) -> Tensor:
     """Log-probabilities of each token that follows one of the window, float32 ``[batch, window - 1, vocabulary]``."""
     return model.window(cache, window[:, :-1], attention).log_softmax(dim=-1)
 
 
-def make_samples(
-    model: Llama, corpus: Corpus, task: str, wording: str, context: int, sizes: Sizes
-) -> Samples:
-    """Draw, prefill densely, and decode the window densely.
+@dataclass(frozen=True)
+class Drawn:
+    """Texts of one task before any model saw them.
+
+    Attributes:
+        tokens: int64 ``[samples, context]``.
+        answers: bool, like ``tokens``: which of them count.
+        window: tokens from the one before the first that counts to the end; those before are the prompt.
+    """
+
+    tokens: Tensor
+    answers: Tensor
+    window: int
+
+
+def draw(corpus: Corpus, task: str, wording: str, context: int, sizes: Sizes) -> Drawn:
+    """The samples of a task; the same arguments give the same ones.
 
     Args:
         wording: a key of ``tasks.FORMATS``.
         context: tokens per sample, the last predicted one included.
+
+    Raises:
+        ValueError: the context is too short for the task.
     """
-    tokens, answers = _draw(corpus, task, wording, context, sizes)
+    tokens, answers = _tokens(corpus, task, wording, context, sizes)
     window = context - int(answers.any(dim=0).nonzero()[0]) + 1
     if window >= context:
         raise ValueError(f"a context of {context} tokens is too short for {task}: its answers take {window}")
+    return Drawn(tokens, answers, window)
+
+
+def make_samples(model: Llama, drawn: Drawn, task: str, batch: int) -> Samples:
+    """Prefill densely, and decode the window densely."""
+    context = drawn.tokens.shape[1]
+    prompt = context - drawn.window
     samples = Samples(task, context, [], [], [], [])
-    for rows, counted in zip(tokens.split(sizes.batch), answers.split(sizes.batch), strict=True):
+    for rows, counted in zip(drawn.tokens.split(batch), drawn.answers.split(batch), strict=True):
         rows = rows.to(model.device)
-        cache = model.prefill(rows[:, : context - window])
+        cache = model.prefill(rows[:, :prompt])
         samples.caches.append(cache)
-        samples.windows.append(rows[:, context - window :])
-        samples.counted.append(counted[:, context - window + 1 :].to(model.device))
+        samples.windows.append(rows[:, prompt:])
+        samples.counted.append(counted[:, prompt + 1 :].to(model.device))
         samples.dense.append(predict(model, cache, samples.windows[-1], dense_window))
     return samples
 
 
-def _draw(corpus: Corpus, task: str, wording: str, context: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def _tokens(corpus: Corpus, task: str, wording: str, context: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Token ids and which of them are answers, ``[samples, context]``."""
     if task == HELD_OUT:
         rng = random.Random(f"{task} {context} {sizes.seed}")

@@ -90,3 +90,6 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
     diagnosis = json.loads((tmp_path / "diagnostics-512.json").read_text())
     assert {r["completion"] for r in diagnosis["rows"]} == {"none", default["estimator"]}
+    report = (tmp_path / "accuracy.md").read_text()
+    assert report.count("\n| 4 | ") == 2, "a row for each completion in the last quartile"
+    assert report.count("\n| 5, 3 | ") == 1, "a row for the last head of the last layer"
