@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from vllm_rc_backend.completion import make_completion
+from vllm_rc_backend.config import RCTopKConfig
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import (
     PagedKV,
@@ -25,8 +27,8 @@ PAGE = 16
 
 
 @functools.cache
-def error(selection: str, completion: str, budget: int, weight: float | None = None) -> float:
-    """Mean relative error of the attention output over all recorded queries and heads."""
+def errors(selection: str, completion: str, budget: int, weight: float | None = None) -> Tensor:
+    """Relative error of the attention output, ``[queries, heads]`` of the recording."""
     recorded = load_file(FILE)
     keys, values = recorded["key"].float().unsqueeze(0), recorded["value"].float().unsqueeze(0)
     cache = torch.cat((recorded["key"], recorded["value"]), dim=-1).view(-1, 1, PAGE, 2 * keys.shape[-1])
@@ -34,7 +36,7 @@ def error(selection: str, completion: str, budget: int, weight: float | None = N
     policy, estimator = make_policy(selection, weight), make_completion(completion)
     geometry = Geometry(PAGE, PAGE, sink_tokens=16, tail_tokens=64, budget=budget, dense_threshold=0)
 
-    errors = []
+    found = []
     for recorded_query, seq_len in zip(recorded["query"], recorded["seq_len"].tolist(), strict=True):
         query = recorded_query.float().unsqueeze(0) * keys.shape[-1] ** -0.5
         mid = slice(PAGE * geometry.sink_pages, PAGE * geometry.mid_end(seq_len))
@@ -45,14 +47,28 @@ def error(selection: str, completion: str, budget: int, weight: float | None = N
         state = estimator.contribution(keys[:, mid], values[:, mid])
         output, _ = decode_sparse(query, kv, table, seq_len, geometry, pages, estimator, state)
         dense = decode_dense(query, keys[:, :seq_len], values[:, :seq_len])
-        errors.append((output - dense).norm(dim=-1) / dense.norm(dim=-1))
-    return float(torch.stack(errors).mean())
+        found.append(((output - dense).norm(dim=-1) / dense.norm(dim=-1))[0])
+    return torch.stack(found)
+
+
+def error(selection: str, completion: str, budget: int, weight: float | None = None) -> float:
+    """Mean of ``errors``."""
+    return float(errors(selection, completion, budget, weight).mean())
 
 
 @pytest.mark.parametrize("budget", [128, 256, 512])
 @pytest.mark.parametrize("selection", sorted(POLICIES))
 def test_completion_lowers_the_error_of_every_policy(selection: str, budget: int) -> None:
     assert error(selection, "linear", budget) < 0.9 * error(selection, "none", budget)
+
+
+@pytest.mark.parametrize("budget", [128, 256, 512])
+@pytest.mark.parametrize("selection", sorted(POLICIES))
+def test_completion_hurts_no_head(selection: str, budget: int) -> None:
+    completed, alone = (errors(selection, name, budget) for name in ("linear", "none"))
+    assert (completed.mean(dim=0) <= alone.mean(dim=0)).all()
+    if selection == RCTopKConfig.selection:
+        assert (completed <= alone).all(), "nor a single query"
 
 
 def test_completion_is_worth_more_than_half_the_budget_again() -> None:
