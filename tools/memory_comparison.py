@@ -29,7 +29,7 @@ from vllm_rc_backend.evaluation.llama import Llama
 from vllm_rc_backend.evaluation.measure import Z95, measure
 from vllm_rc_backend.evaluation.needles import NEEDLES
 from vllm_rc_backend.evaluation.report import share
-from vllm_rc_backend.evaluation.samples import Sizes, make_samples
+from vllm_rc_backend.evaluation.samples import Sizes, draw, make_samples
 from vllm_rc_backend.evaluation.text import Corpus
 
 ROOT = Path(__file__).parent.parent
@@ -93,11 +93,12 @@ def measure_model(
         if not todo:
             continue
         print(f"{folder.name}: {task} at {context}, {len(todo)} rows", flush=True)
-        samples = make_samples(model, corpus, task, "comments", context, sizes)
+        drawn = draw(corpus, task, "comments", context, sizes)
+        samples = make_samples(model, drawn, task, sizes.batch)
         for case in todo:
             settings = None if case.selection == DENSE else shapes.settings(case)
             found = measure(model, samples, settings)
-            journal.add(row(folder.name, case, found, shapes.reads(case, samples.window)))
+            journal.add(row(folder.name, case, found, shapes.reads(case, drawn.window)))
 
 
 def read_rows(folder: Path) -> dict[str, Rows]:
