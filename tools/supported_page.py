@@ -53,6 +53,10 @@ TABLES: dict[str, list[Row]] = {
     ],
     "Model families": [
         *(Row(f.name, family_outcome(f.sparse), f.note, FAMILY_TEST) for f in FAMILIES),
+        Row("RAT+ (RATPlusForCausalLM, ours)", WORKS, "with any backend; [what it is](exponential-memory.md)",
+            "engine/test_rat_plus.py::test_every_scheduling_event"),
+        Row("RAT+ with speculative decoding", REFUSED, "the memory of rejected tokens cannot be taken back",
+            "engine/test_rat_plus.py::test_speculation_is_refused"),
         Row("gpt-oss", REFUSED, "attention sinks", "engine/test_families.py::test_gpt_oss_is_refused"),
         Row("DeepSeek (MLA)", REFUSED, "multi-head latent attention", REFUSALS),
         Row("Bloom, MPT (ALiBi)", REFUSED, "position-dependent bias", REFUSALS),

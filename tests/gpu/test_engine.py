@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from vllm_rc_backend.attention_triton import COUNTERS
+from vllm_rc_backend.evaluation.llama import Llama
 from vllm_rc_backend.evaluation.tasks import make_prompts
 from vllm_rc_backend.evaluation.text import Corpus
 from vllm_rc_backend.kernels import reference
@@ -33,6 +34,7 @@ from ..harness import (
     greedy,
     sparse_layers,
 )
+from ..rat_plus import assert_plain, write_rat_plus
 
 GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
 
@@ -246,3 +248,14 @@ def test_fp8_kv_cache(prompt: Prompt) -> None:
         assert_close(answers(llm.generate(prompts, greedy(12), use_tqdm=False)), expected, tolerance=0.5)
     with engine("rc_topk", SMALL, **settings) as llm:
         assert all(len(a.tokens) == 12 for a in answers(llm.generate(prompts, greedy(12), use_tqdm=False)))
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "rc_topk"])
+def test_rat_plus_is_plain_torch(backend: str, prompt: Prompt, tmp_path: Path) -> None:
+    """The memory under captured decode graphs, chunked prefill, and prefix hits, whose states a kernel copies."""
+    model = write_rat_plus(tmp_path)
+    plain = Llama(model, "cuda")
+    with engine(backend, FULL, model=str(model), **GPU) as llm:
+        for scenario in SCENARIOS:
+            # bfloat16 beside float32: what assert_close allows two engines.
+            assert_plain(scenario(llm, prompt), plain, worst=0.25, mean=0.05)
