@@ -49,14 +49,16 @@ class DecayingMemory(nn.Module, MambaBase):
 
     def forward_native(self, hidden_states: Tensor, output: Tensor) -> None:
         """What the operator runs: ``hidden_states`` is ``packed`` above. Reads no device value."""
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:  # profiling
-            output.zero_()
-            return
-        step = metadata[self.prefix]
         x, gate = hidden_states.float().split((2 * self.channels, self.channels), dim=-1)
         x, gate = x.unflatten(-1, (2, self.channels)), gate.sigmoid()
         out, states = output.unflatten(-1, (2, self.channels)), self.kv_cache[0]
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:
+            # vLLM measures memory: take what a prefill of so many tokens takes. It also compiles the kernel.
+            starts = torch.arange(2, dtype=torch.int32, device=x.device) * len(x)
+            out.copy_(remember(x, gate, starts, x.new_zeros(1, 2, self.channels)))
+            return
+        step = metadata[self.prefix]
         # Decode rows come first. The padding rows of a captured batch share block 0, which no sequence owns.
         decodes, end = step.num_decode_tokens, step.num_decode_tokens + step.num_prefill_tokens
         if decodes:
