@@ -35,7 +35,7 @@ OPTIONS = {"budget": 192, "log_interval": 10}
 CHAT_TEMPLATE = "{% for message in messages %}# {{ message.role }}: {{ message.content }}\n{% endfor %}"
 # float32, so that an answer can be compared with itself under another load. A pool that the clients overfill: blocks
 # are reused all the time and running sequences are preempted.
-ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(48 << 20), "--chat-template", CHAT_TEMPLATE)
+ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(28 << 20), "--chat-template", CHAT_TEMPLATE)
 # oneDNN keeps a compiled kernel for each of the last 1024 shapes of matrices, some 500 MiB in the end: a growth that
 # would hide others.
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
@@ -57,6 +57,7 @@ class Record:
     requests: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
+    preemptions: int = 0
     memory: list[dict[str, int]] = field(default_factory=list)
     """Resident bytes of each of the server's processes, once a second."""
 
@@ -255,6 +256,7 @@ async def load(
         return record, [*problems, "the server is not healthy"]
     if (after := await workload.answers()) != before:
         problems.append(f"answers differ from those before the load: {before} became {after}")
+    record.preemptions = int(server.metric("vllm:num_preemptions_total"))
     problems += contradictions(server, sparse)
     await workload.api.close()
     return record, problems
@@ -299,6 +301,7 @@ def report(record: Record, problems: list[str], seconds: float, console: Console
     for kind, count in sorted(record.requests.items()):
         table.add_row(f"requests: {kind}", str(count))
     table.add_row("tokens received", str(record.tokens))
+    table.add_row("preemptions", str(record.preemptions))
     memory = [bytes_ / 2**20 for bytes_ in record.sums]
     marks = {
         "at first": memory[0],
