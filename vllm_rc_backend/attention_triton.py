@@ -79,12 +79,9 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
 
 
 def rotation_matrix(head_size: int, device: torch.device | str) -> Tensor:
-    """What ``kernels.triton.runs`` rotates with: ones and minus ones (zeros between blocks), bfloat16 ``[d, d]``.
-
-    Column ``place * d/4 + j`` holds element ``4 j + place``, so that the elements of one place in a byte are neighbours.
-    """
-    matrix = rotate(torch.eye(head_size)).sign()
-    return matrix.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1).to(torch.bfloat16).to(device)
+    """What ``kernels.triton.runs`` rotates each place of all bytes with: ones and minus ones (zeros between blocks),
+    bfloat16 ``[head_size / 4, head_size / 4]``."""
+    return rotate(torch.eye(head_size // 4)).sign().to(torch.bfloat16).to(device)
 
 
 def most_retrieved_pages(geometry: Geometry, max_model_len: int) -> int:
@@ -103,20 +100,17 @@ class Tuning:
     score_warps: int = 4
     score_stages: int = 5
     score_programs: int = 4  # per multiprocessor
-    decode_elements: int = 8192  # of K, and as many of V, at a time
+    decode_elements: int = 16384  # of K, and as many of V, at a time
+    joint_elements: int = 8192  # the same in one launch, where registers are fewer
     decode_warps: int = 4
     decode_stages: int = 2
     decode_programs: int = 3  # per multiprocessor
     most_splits: int = 16
-    joint_splits: int = 16
+    joint_programs: int = 3  # per multiprocessor
+    joint_warps: int = 4
     merge_elements: int = 8192  # of partial results at a time
     update_columns: int = 32
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
-
-
-JOINT_PROGRAMS = 2
-"""Programs of 128 threads, which have at most 255 registers each and less than half of the shared memory, that fit into a
-multiprocessor at the same time whatever else they need."""
 
 
 class Workspace:
@@ -141,13 +135,13 @@ class Workspace:
         geometry, heads = shape.geometry, shape.heads
         cuda = torch.device(device).type == "cuda"
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
+        self.room = self.processors * tuning.joint_programs
         self.overlap = tuning.overlap and cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         if shape.query_map == "runs":
             page_bytes = shape.vectors * shape.block_q
         else:
             page_bytes = shape.block_d * statistics_bits // 8
-        self.score_tile = max(32, min(tuning.score_elements // page_bytes, 128))
-        self.decode_tile = max(16, min(tuning.decode_elements // shape.block_d, 128))
+        self._score_tile = max(32, min(tuning.score_elements // page_bytes, 128))
         self.merge_splits = max(1, min(tuning.merge_elements // (shape.merge_rows * shape.block_d), 16))
         self.max_pages = max(max_model_len // geometry.page_size, 1)
         self.max_selected = most_retrieved_pages(geometry, max_model_len)
@@ -175,9 +169,9 @@ class Workspace:
         self.chosen = empty(max_rows, heads, self.max_selected)
         self.selected = empty(max_rows, heads, self.max_selected)
         every = range(1, max_rows + 1)
-        most_scorers = max(rows * self.score_splits(rows) for rows in every) * heads
+        most_scorers = max(rows * self.scorers(rows) for rows in every) * heads
         self.masses = empty(most_scorers if paged else 0, 2, shape.block_n, dtype=torch.float32)
-        most_splits = max(rows * self.attend_splits(rows) for rows in every) * heads
+        most_splits = max(rows * self.attenders(rows) for rows in every) * heads
         self.groups = empty(most_splits if self.neighbours > 1 else 0, self.max_selected)
         most_partials = most_splits + max_rows * heads
         self.partial_out = empty(most_partials, shape.merge_rows, shape.block_d, dtype=torch.float32)
@@ -191,27 +185,40 @@ class Workspace:
         """Bytes held."""
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
+    @property
+    def most_registers(self) -> int:
+        """Registers of a thread with which ``joint_programs`` fit into a multiprocessor: 65536, given out by eights."""
+        return min(65536 // (self.tuning.joint_programs * 32 * self.tuning.joint_warps) // 8 * 8, 255)
+
     def joint(self, rows: int) -> bool:
         """Whether both phases of a decode are one launch: all its programs must run at the same time, two at least for
         each (row, head). Triton's interpreter runs one after the other."""
-        return not INTERPRETED.value and 2 * rows * self.shape.heads <= JOINT_PROGRAMS * self.processors
+        return not INTERPRETED.value and 2 * rows * self.shape.heads <= self.room
 
-    def score_splits(self, rows: int) -> int:
+    def score_tile(self, joint: bool) -> int:
+        """Pages that a program scores at a time: so many for each warp that it has."""
+        if joint:
+            return self._score_tile * self.tuning.joint_warps // self.tuning.score_warps
+        return self._score_tile
+
+    def decode_tile(self, joint: bool) -> int:
+        """Tokens that a program attends to at a time."""
+        elements = self.tuning.joint_elements if joint else self.tuning.decode_elements
+        return max(16, min(elements // self.shape.block_d, 128))
+
+    def scorers(self, rows: int) -> int:
         """Programs that score the pages of one (row, head)."""
-        most = -(-self.max_pages // self.score_tile)
-        if self.joint(rows):
-            return max(1, min(self.attend_splits(rows), most))
+        lanes, most = rows * self.shape.heads, -(-self.max_pages // self.score_tile(self.joint(rows)))
         # As many as find room at the same time: a second wave would leave most of the GPU idle at its end.
-        wanted = self.processors * self.tuning.score_programs // (rows * self.shape.heads)
-        return max(1, min(wanted, most))
+        room = self.room if self.joint(rows) else self.processors * self.tuning.score_programs
+        return max(1, min(room // lanes, most))
 
-    def attend_splits(self, rows: int) -> int:
-        """Programs that attend to the tokens of one (row, head), the summary's aside."""
+    def attenders(self, rows: int) -> int:
+        """Programs that attend to the tokens of one (row, head)."""
         lanes, tuning = rows * self.shape.heads, self.tuning
         if self.joint(rows):
-            return max(1, min(JOINT_PROGRAMS * self.processors // lanes, tuning.joint_splits))
-        wanted = -(-self.processors * tuning.decode_programs // lanes)
-        return max(1, min(wanted, tuning.most_splits))
+            return max(1, min(self.room // lanes, tuning.most_splits))
+        return max(1, min(-(-self.processors * tuning.decode_programs // lanes), tuning.most_splits))
 
 
 class SummaryPlanner:
@@ -385,12 +392,11 @@ class TritonAttention:
         scores: bool = True,
         attends: bool = True,
     ) -> None:
-        """Page scores, then attention over the best pages and anchors or over all tokens, completed; or one of the two."""
+        """Page scores, then attention over the best pages and anchors or over all tokens; or one of the two."""
         work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
-        scorers, splits = work.score_splits(rows), work.attend_splits(rows)
+        scorers, attenders = work.scorers(rows), work.attenders(rows)
         joint = scores and attends
-        if not joint:
-            splits = scorers if scores else splits + 1
+        splits = max(scorers, attenders) if joint else scorers if scores else attenders + 1
         decode_kernel[(self.shape.heads, splits, rows)](
             query,
             kv,
@@ -427,19 +433,21 @@ class TritonAttention:
             work.max_groups,
             work.max_selected,
             scorers,
+            attenders,
             SCORES=scores,
             ATTENDS=attends,
             S=self.shape,
-            SCORE_TILE=work.score_tile,
+            SCORE_TILE=work.score_tile(joint),
             SCORE_STAGES=tuning.score_stages,
-            MASSES=16,
+            MASSES=min(next_power_of_2(scorers), 64),
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
-            TILE=work.decode_tile,
+            TILE=work.decode_tile(joint),
             MERGE=work.merge_splits,
             OVERLAP=work.overlap and not joint,
-            num_warps=tuning.decode_warps if attends else tuning.score_warps,
+            num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,
             num_stages=tuning.decode_stages,
+            maxnreg=work.most_registers if joint else None,
             launch_pdl=work.overlap and not joint,
         )
 

@@ -34,6 +34,11 @@ GROUP_RULES = ("max", "mean", "softmax")
 KV_RESIDENCIES = ("gpu", "host")
 
 
+def default_completion(selection: str) -> str:
+    """The completion that a selection policy comes with."""
+    return "paged" if POLICIES[selection].estimates_mass else "linear"
+
+
 @dataclass(frozen=True)
 class RCTopKConfig:
     """Options of one engine. Immutable: every process derives the same object from the same JSON."""
@@ -75,10 +80,11 @@ class RCTopKConfig:
         ", ".join(GROUP_RULES),
         "How the page scores of the query heads that share a KV head become one list.",
     )
-    completion: str = _option(
-        "linear",
-        ", ".join(sorted(KINDS)),
-        "How the softmax mass that was not read is estimated; none renormalises over what was read.",
+    completion: str | None = _option(
+        None,
+        f"{', '.join(sorted(KINDS))}, or null for the best that goes with the selection policy",
+        "How the softmax mass that was not read is estimated; none renormalises over what was read. By default paged "
+        "with a policy whose scores estimate a page's mass (runs, moba, oracle), otherwise linear.",
     )
     features_file: str | None = _option(
         None,
@@ -153,21 +159,22 @@ class RCTopKConfig:
         self._integer("dense_threshold", 0)
         self._one_of("selection", sorted(POLICIES))
         self._one_of("group_rule", GROUP_RULES)
-        self._one_of("completion", sorted(KINDS))
+        if self.completion is not None:
+            self._one_of("completion", sorted(KINDS))
         self._one_of("kv_residency", KV_RESIDENCIES)
         file = self.features_file
-        if not (isinstance(file, str) and file if self.completion == LEARNED else file is None):
+        if not (isinstance(file, str) and file if self.estimator == LEARNED else file is None):
             raise OptionError(
                 "features_file",
                 self.features_file,
                 self._allowed("features_file"),
-                f"completion is {self.completion}.",
+                f"completion is {self.estimator}.",
             )
         bits = POLICIES[self.selection].statistics_bits
         if self.statistics_bits is not None and self.statistics_bits not in bits:
             hint = f"selection is {self.selection}."
             raise OptionError("statistics_bits", self.statistics_bits, self._allowed("statistics_bits"), hint)
-        if KINDS[self.completion].needs_mass and not POLICIES[self.selection].estimates_mass:
+        if KINDS[self.estimator].needs_mass and not POLICIES[self.selection].estimates_mass:
             raise OptionError(
                 "completion",
                 self.completion,
@@ -235,6 +242,11 @@ class RCTopKConfig:
     def cache_gib(self) -> float:
         """GiB of the page cache, with kv_residency=host."""
         return (self.host_kv_gib or 0) / 8 if self.page_cache_gib is None else self.page_cache_gib
+
+    @property
+    def estimator(self) -> str:
+        """The completion, that of the selection policy if none was named."""
+        return self.completion or default_completion(self.selection)
 
     @property
     def stored_bits(self) -> int:

@@ -107,7 +107,7 @@ def layer_layout(config: RCTopKConfig, facts: ModelFacts, kv_bytes: int, tensor_
         ),
         policy=make_policy(config.selection, config.selection_weight),
         completion=layer_completion(
-            config.completion, config.features_file, facts.config, layer=0, rank=0, ranks=tensor_parallel
+            config.estimator, config.features_file, facts.config, layer=0, rank=0, ranks=tensor_parallel
         ),
     )
 
@@ -130,7 +130,7 @@ def warnings(config: RCTopKConfig, facts: ModelFacts | None, tensor_parallel: in
         yield "No GPU: sparse decode runs the reference kernels here, right but slow."
     if config.selection == "oracle":
         yield "selection=oracle reads every key: it is the ceiling of any page score, for evaluation only."
-    if config.completion == "none":
+    if config.estimator == "none":
         yield "completion=none drops the mass that is not read (selection only)."
     if config.host_kv_gib is not None:
         try:

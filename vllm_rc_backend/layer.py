@@ -213,7 +213,7 @@ class SparseLayer:
         parallel = self.vllm_config.parallel_config
         try:
             return layer_completion(
-                self.config.completion,
+                self.config.estimator,
                 self.config.features_file,
                 self.vllm_config.model_config.hf_text_config.to_dict(),
                 self.index,

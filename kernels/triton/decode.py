@@ -18,7 +18,7 @@ import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
 from vllm_rc_backend.kernels.triton.linear import LOG2_E, residual, tilt
-from vllm_rc_backend.kernels.triton.mass import retrieved_mass, unread_log_mass
+from vllm_rc_backend.kernels.triton.mass import page_scores, retrieved_mass, total_mass, unread_log_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
@@ -157,6 +157,7 @@ def decode_kernel(
     max_groups,
     max_selected,
     scorers,
+    attenders,
     SCORES: tl.constexpr,
     ATTENDS: tl.constexpr,
     S: tl.constexpr,
@@ -169,8 +170,8 @@ def decode_kernel(
     MERGE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. A launch that ATTENDS
-    only has one more split, which takes the summary; in one launch the last that has tokens does.
+    """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. A launch that only
+    ATTENDS has one split more than attenders, which takes the summary; in one launch the last that has tokens does.
 
     Args:
         query: ``[rows, heads * group, head_size]``, unscaled.
@@ -187,7 +188,7 @@ def decode_kernel(
         scored, attended: int32 ``[rows, heads]``, programs that have done the phase; zero between launches.
         out: ``[rows, heads * group, head_size]``.
         counters: int64, see ``attention_triton.COUNTERS``.
-        scorers: splits of the scoring phase.
+        scorers, attenders: programs of each (row, head) that take part in the phases.
     """
     g: tl.constexpr = S.geometry
     R: tl.constexpr = S.merge_rows
@@ -195,9 +196,6 @@ def decode_kernel(
     if not ATTENDS:
         let_next_start(OVERLAP)
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    most_splits = tl.num_programs(1)
-    if not SCORES:
-        most_splits -= 1
     seq_len = tl.load(seq_lens + row)
     sparse = is_sparse(seq_len, g)
     end_of_mid = mid_end(seq_len, g)
@@ -207,7 +205,7 @@ def decode_kernel(
     n_mid = pages * g.page_size
     n_read = n_retrieved + g.sink_tokens + seq_len - resume
     # Each split takes whole pages, as even as they come; splits without any do not take part.
-    share = tl.maximum(tl.cdiv(tl.cdiv(n_read, most_splits), g.page_size), 1) * g.page_size
+    share = tl.maximum(tl.cdiv(tl.cdiv(n_read, attenders), g.page_size), 1) * g.page_size
     splits = tl.maximum(tl.cdiv(n_read, share), 1)
     slot = -1
     if S.completion != "none":
@@ -220,8 +218,8 @@ def decode_kernel(
     masses += lane * scorers * (2 * S.block_n)
     selected += lane * max_selected
     chosen += lane * max_selected
-    partial_out += lane * (most_splits + 1) * R * D
-    partial_stats += lane * (most_splits + 1) * PARTIAL_STATS * R
+    partial_out += lane * (attenders + 1) * R * D
+    partial_stats += lane * (attenders + 1) * PARTIAL_STATS * R
     query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
     block_table += row.to(tl.int64) * stride_table
     state = states + (tl.maximum(slot, 0).to(tl.int64) * S.heads + head) * (2 * S.state_rows * S.head_size)
@@ -251,10 +249,10 @@ def decode_kernel(
             )
     wait_for_previous(OVERLAP)
     if ATTENDS:
-        summarises = (slot >= 0) & (split == most_splits)
+        summarises = (slot >= 0) & (split == attenders)
         if SCORES:
             summarises = (slot >= 0) & (split == splits - 1)
-            if sparse:
+            if sparse & (split < scorers):
                 tl.debug_barrier()  # all of this program's keys are written before it arrives
                 tl.atomic_add(scored + lane, 1, sem="release")
         if S.completion != "none":
@@ -265,8 +263,8 @@ def decode_kernel(
                     state,
                     n_mid,
                     scale,
-                    partial_out + most_splits * R * D,
-                    partial_stats + most_splits * PARTIAL_STATS * R,
+                    partial_out + attenders * R * D,
+                    partial_stats + attenders * PARTIAL_STATS * R,
                     S,
                 )
         if (split < splits) | summarises:
@@ -276,12 +274,12 @@ def decode_kernel(
                 if first < last:
                     if SCORES:
                         # All programs of the launch run at the same time, so this ends.
-                        while tl.atomic_add(scored + lane, 0, sem="acquire") < most_splits:
+                        while tl.atomic_add(scored + lane, 0, sem="acquire") < scorers:
                             pass
                     choose_pages(
                         keys,
                         maxima,
-                        groups + (lane * most_splits + split) * max_selected,
+                        groups + (lane * attenders + split) * max_selected,
                         chosen,
                         selected,
                         block_table,
@@ -334,7 +332,7 @@ def decode_kernel(
                     stride_out_head,
                     counters,
                     head,
-                    most_splits,
+                    attenders,
                     S,
                     MERGE,
                     MASSES,
@@ -403,6 +401,10 @@ def _attend_split(
         mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
         other=0.0,
     )
+    if S.completion == "paged":
+        first, last = begin // g.page_size, tl.minimum(end, n_retrieved) // g.page_size
+        # Asked for before the attention, needed after it.
+        scores = page_scores(chosen, head_scores, first, last, S)
     out, m, total, scores_sum = _attend(
         q,
         kv,
@@ -427,9 +429,7 @@ def _attend_split(
     tl.store(partial_stats + R + heads, total, mask=counted)
     tl.store(partial_stats + 2 * R + heads, scores_sum, mask=counted)
     if S.completion == "paged":
-        m, total = retrieved_mass(
-            chosen, head_scores, begin // g.page_size, tl.minimum(end, n_retrieved) // g.page_size, S
-        )
+        m, total = retrieved_mass(scores, chosen, head_scores, first, last, S)
         tl.store(partial_stats + 3 * R + heads, m, mask=counted)
         tl.store(partial_stats + 4 * R + heads, total, mask=counted)
 
@@ -448,7 +448,7 @@ def _merge(
     stride_out_head,
     counters,
     head,
-    most_splits,
+    attenders,
     S: tl.constexpr,
     MERGE: tl.constexpr,
     MASSES: tl.constexpr,
@@ -461,6 +461,18 @@ def _merge(
     counted = heads <= S.group
     kept = counted[:, None] & (cols < S.head_size)[None, :]
     tile_at = heads[:, None] * D + cols[None, :]
+    if S.completion != "none":
+        # Asked for first, so that they are under way beside the others: each is a trip to the second-level cache.
+        # What is read of a row without a summary is not used.
+        rows = tl.load(partial_out + attenders * R * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg")
+        q_K1 = tl.load(
+            partial_stats + attenders * PARTIAL_STATS * R + heads,
+            mask=counted,
+            other=0.0,
+            cache_modifier=".cg",
+        )
+    if S.completion == "paged":
+        all_m, all_mass = total_mass(masses, scorers, S, MASSES)
     m = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
     scores_sum = tl.zeros([R], tl.float32)
@@ -468,7 +480,7 @@ def _merge(
     mass = tl.zeros([R], tl.float32)
     o = tl.zeros([R, D], tl.float32)
     for start in range(0, splits, MERGE):
-        # Unrolled, so that many loads are under way at once: each is a trip to the second-level cache.
+        # Unrolled, so that many loads are under way at once.
         for i in tl.static_range(MERGE):
             split = start + i
             there = heads <= tl.where(split < splits, S.group, -1)
@@ -495,18 +507,9 @@ def _merge(
                 mass_m = new_m
     if S.completion != "none":
         if slot >= 0:
-            rows = tl.load(
-                partial_out + most_splits * R * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg"
-            )
-            q_K1 = tl.load(
-                partial_stats + most_splits * PARTIAL_STATS * R + heads,
-                mask=counted,
-                other=0.0,
-                cache_modifier=".cg",
-            )
             log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
             if S.completion == "paged":
-                log_mass = unread_log_mass(masses, scorers, mass_m, mass, S, MASSES)
+                log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
             M_all = _finite(tl.maximum(m, log_mass))
             D_U = tl.exp2(log_mass - M_all)
             shrink = tl.exp2(m - M_all)

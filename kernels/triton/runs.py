@@ -2,6 +2,12 @@
 
 Twin of ``selection/runs.py``. A byte holds four neighbouring elements, so the query is cut into four interleaved parts,
 one for each place in a byte, and each part is multiplied with its two bits of all bytes as they lie in memory.
+
+What limits is arithmetic, not memory, hence three economies. Neighbouring runs of a page, ``S.runs_in_row`` of them,
+are one row of the matrix product, against a query that is repeated block by block along the diagonal: with few query
+heads the columns would be padding otherwise. Bits are masked where they are and only every other pair of places is
+shifted down; the query's part is divided by four instead. The result comes with the runs in dimensions that lie within
+a thread or its neighbours.
 """
 
 import triton
@@ -10,115 +16,182 @@ import triton.language as tl
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED, dot
 from vllm_rc_backend.kernels.triton.paged import page_rows
 
-SHIFT_AND_MASK = tl.constexpr(
-    tuple(f"shr.u32 $0, $1, {2 * place}; and.b32 $0, $0, 0x03030303;" for place in range(4))
+CUT_OUT = tl.constexpr(
+    (
+        "and.b32 $0, $1, 0x03030303;",
+        "and.b32 $0, $1, 0x0C0C0C0C;",
+        "shr.u32 $0, $1, 4; and.b32 $0, $0, 0x03030303;",
+        "shr.u32 $0, $1, 4; and.b32 $0, $0, 0x0C0C0C0C;",
+    )
 )
 SMALLEST_RMS = tl.constexpr(2.0**-14)
 
 
 @triton.jit
-def _rotation_part(rotation, place: tl.constexpr, S: tl.constexpr):
-    """Columns ``4 j + place`` of the rotation's matrix of ones and minus ones: bfloat16 ``[block_d, block_q]``."""
-    rows, column = tl.arange(0, S.block_d), tl.arange(0, S.block_q)
-    return tl.load(
-        rotation + rows[:, None] * S.head_size + (place * (S.head_size // 4) + column)[None, :],
-        mask=(rows < S.head_size)[:, None] & (column < S.head_size // 4)[None, :],
-        other=0.0,
+def _rotate(x, rotation, PLANES: tl.constexpr, S: tl.constexpr):
+    """The rotation of one place of all bytes, without its factor: the rows of ``x`` (float32 ``[block_q, n]``) to
+    PLANES times 8 bits."""
+    i = tl.arange(0, S.block_q)
+    real = i < S.head_size // 4
+    matrix = tl.load(
+        rotation + i[:, None] * (S.head_size // 4) + i[None, :], mask=real[:, None] & real[None, :], other=0.0
     )
-
-
-@triton.jit
-def _rotate_query(q, low, rotation, place: tl.constexpr, S: tl.constexpr):
-    """A part of the rotated query, times sqrt(rotated): float32 ``[block_q, n]`` from ``[block_d, n]``."""
-    matrix = tl.trans(_rotation_part(rotation, place, S))
-    result = tl.zeros([matrix.shape[0], q.shape[1]], tl.float32)
-    result = dot(matrix, q.to(tl.bfloat16), result)
-    if q.dtype != tl.bfloat16:
-        result = dot(matrix, low, result)
+    result = tl.zeros([x.shape[0], x.shape[1]], tl.float32)
+    for _ in tl.static_range(PLANES):
+        plane = x.to(tl.bfloat16)
+        result = dot(matrix, plane, result)
+        x -= plane.to(tl.float32)
     return result
 
 
 @triton.jit
-def query_parts(q, rotation, S: tl.constexpr):
-    """A query, rotated and rounded to bytes.
-
-    Args:
-        q: the query as it comes, unscaled, ``[block_d, n]``.
-        rotation: bfloat16 ``[head_size, head_size]``, from ``attention_triton.rotation_matrix``.
-
-    Returns:
-        Four int8 ``[block_q, n]``; their factor and 1.5 times the sum of their elements, float32 ``[n]``.
-    """
-    low = (q.to(tl.float32) - q.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
-    a = _rotate_query(q, low, rotation, 0, S)
-    b = _rotate_query(q, low, rotation, 1, S)
-    c = _rotate_query(q, low, rotation, 2, S)
-    d = _rotate_query(q, low, rotation, 3, S)
-    largest = tl.maximum(
-        tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)),
-        tl.maximum(tl.max(tl.abs(c), 0), tl.max(tl.abs(d), 0)),
-    )
-    factor = tl.maximum(largest, 1e-30) / 127.0
-    a = tl.floor(a / factor[None, :] + 0.5)
-    b = tl.floor(b / factor[None, :] + 0.5)
-    c = tl.floor(c / factor[None, :] + 0.5)
-    d = tl.floor(d / factor[None, :] + 0.5)
-    offset = 1.5 * (tl.sum(a, 0) + tl.sum(b, 0) + tl.sum(c, 0) + tl.sum(d, 0))
-    factor *= 1.0 / tl.sqrt(tl.full([], S.rotated, tl.float32))
-    return a.to(tl.int8), b.to(tl.int8), c.to(tl.int8), d.to(tl.int8), factor, offset
+def _rotate_places(a, b, c, d, rotation, PLANES: tl.constexpr, S: tl.constexpr):
+    """Rotate vectors given by the elements 4 j, 4 j + 1, 4 j + 2 and 4 j + 3: a Hadamard matrix of order 4 over the
+    places and one over j, whose product is that of the whole. The result is sqrt(rotated) times too large."""
+    p, q, r, s = a + b, a - b, c + d, c - d
+    a = _rotate(p + r, rotation, PLANES, S)
+    b = _rotate(q + s, rotation, PLANES, S)
+    c = _rotate(p - r, rotation, PLANES, S)
+    d = _rotate(q - s, rotation, PLANES, S)
+    return a, b, c, d
 
 
 @triton.jit
-def _level(codes, place: tl.constexpr):
-    """Two bits of every byte, as int8."""
+def _query_place(query, stride_query_head, place: tl.constexpr, S: tl.constexpr):
+    """Elements 4 j + place of the query heads, repeated for every run of a row: float32 ``[block_q, columns]``."""
+    column, j = tl.arange(0, S.columns), tl.arange(0, S.block_q)
+    head = column % S.block_n
+    return tl.load(
+        query + head[None, :] * stride_query_head + (4 * j + place)[:, None],
+        mask=(head < S.group)[None, :] & (j < S.head_size // 4)[:, None],
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
+def _along_diagonal(x, S: tl.constexpr):
+    """Each run's columns in the rows of that run, zeros elsewhere: int8 ``[columns, row_bytes]``, of which a matrix
+    instruction takes four in one register."""
+    RUNS: tl.constexpr = S.runs_in_row
+    COLUMNS: tl.constexpr = S.columns
+    ROW: tl.constexpr = S.row_bytes
+    own = tl.arange(0, RUNS)[:, None] == (tl.arange(0, COLUMNS) // S.block_n)[None, :]
+    return tl.trans(tl.reshape(tl.where(own[:, None, :], x[None, :, :], 0.0), [ROW, COLUMNS])).to(tl.int8)
+
+
+@triton.jit
+def query_parts(query, stride_query_head, rotation, S: tl.constexpr):
+    """A query, rotated and rounded to bytes.
+
+    Args:
+        query: points to the first query head of the KV head; unscaled.
+        rotation: bfloat16 ``[head_size / 4, head_size / 4]``, from ``attention_triton.rotation_matrix``.
+
+    Returns:
+        Four int8 ``[columns, row_bytes]``; their factor, float32, and 1.5 times the sum of what they multiply, int32,
+        both ``[columns]``.
+    """
+    a, b, c, d = _rotate_places(
+        _query_place(query, stride_query_head, 0, S),
+        _query_place(query, stride_query_head, 1, S),
+        _query_place(query, stride_query_head, 2, S),
+        _query_place(query, stride_query_head, 3, S),
+        rotation,
+        2,
+        S,
+    )
+    # Reduced once each, after the four parts have met element by element.
+    largest = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+    factor = tl.maximum(tl.max(largest, 0), 1e-30) / 127.0
+    a = tl.floor(a / factor[None, :] + 0.5)
+    b = tl.floor(b / (4 * factor)[None, :] + 0.5)
+    c = tl.floor(c / factor[None, :] + 0.5)
+    d = tl.floor(d / (4 * factor)[None, :] + 0.5)
+    # Half a unit of a sum of some thousands is lost: a hundredth of what two bits lose.
+    offset = (1.5 * tl.sum((a + 4 * b) + (c + 4 * d), 0)).to(tl.int32)
+    factor *= 1.0 / tl.sqrt(tl.full([], S.rotated, tl.float32))
+    a, b, c, d = _along_diagonal(a, S), _along_diagonal(b, S), _along_diagonal(c, S), _along_diagonal(d, S)
+    return a, b, c, d, factor, offset
+
+
+@triton.jit
+def _cut_out(codes, place: tl.constexpr):
+    """Two bits of every byte, as int8, times four at odd places."""
     if INTERPRETED:
-        result = ((codes >> (2 * place)) & 3).to(tl.int8)
+        result = ((codes >> (place // 2 * 4)) & (3 << (place % 2 * 2))).to(tl.int8)
     else:
         # Four bytes at a time: bits that cross from one to the next are masked away.
         result = tl.inline_asm_elementwise(
-            SHIFT_AND_MASK[place], "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
+            CUT_OUT[place], "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return result
+
+
+@triton.jit
+def _log2(x):
+    """The hardware's, instead of a polynomial of twenty instructions."""
+    if INTERPRETED:
+        result = tl.log2(x)
+    else:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     return result
 
 
 @triton.jit
 def run_scores(codes, scales, index, a, b, c, d, factor, offset, mask, S: tl.constexpr, TILE: tl.constexpr):
-    """Scores of all runs of some pages: float32 ``[vectors, TILE, n]``, run first so that a thread holds all of a page's.
+    """Log-mean-exp over the runs of some pages, base 2: float32 ``[TILE, block_n]``.
 
     Args:
         index: of the pages' first vectors in the store, int64 ``[TILE]``.
-        a, b, c, d, factor, offset: from ``query_parts``.
+        a, b, c, d, factor, offset: from ``query_parts``; the factor gives scores in base 2.
     """
     V: tl.constexpr = S.vectors
-    VECTORS: tl.constexpr = V * TILE
-    run = tl.arange(0, V)
-    vectors = tl.reshape(run[:, None] + index[None, :], [VECTORS])
-    real = tl.reshape((run >= 0)[:, None] & mask[None, :], [VECTORS])
-    cols = tl.arange(0, S.block_q)
+    RUNS: tl.constexpr = S.runs_in_row
+    ROWS: tl.constexpr = V // RUNS
+    Q: tl.constexpr = S.block_q
+    ROW: tl.constexpr = S.row_bytes
+    N: tl.constexpr = S.block_n
+    ALL: tl.constexpr = ROWS * TILE
+    row = tl.arange(0, ROWS)
+    first = tl.reshape((row * RUNS)[:, None] + index[None, :], [ALL])
+    real = tl.reshape((row >= 0)[:, None] & mask[None, :], [ALL])
+    byte = tl.arange(0, ROW)
     stored = tl.load(
-        codes + vectors[:, None] * (S.head_size // 4) + cols[None, :],
-        mask=real[:, None] & (cols < S.head_size // 4)[None, :],
+        codes + first[:, None] * (S.head_size // 4) + (byte // Q * (S.head_size // 4) + byte % Q)[None, :],
+        mask=real[:, None] & (byte % Q < S.head_size // 4)[None, :],
         other=0,
     )
-    sums = tl.dot(_level(stored, 0), a, out_dtype=tl.int32)
-    sums = tl.dot(_level(stored, 1), b, sums, out_dtype=tl.int32)
-    sums = tl.dot(_level(stored, 2), c, sums, out_dtype=tl.int32)
-    sums = tl.dot(_level(stored, 3), d, sums, out_dtype=tl.int32)
-    rms = tl.load(scales + vectors, mask=real, other=0.0).to(tl.float32)
-    scores = (sums.to(tl.float32) - offset[None, :]) * (rms[:, None] * factor[None, :])
-    return tl.reshape(scores, [V, TILE, a.shape[1]])
+    sums = tl.zeros([ALL, a.shape[0]], tl.int32) - offset[None, :]
+    sums = tl.dot(_cut_out(stored, 0), tl.trans(a), sums, out_dtype=tl.int32)
+    sums = tl.dot(_cut_out(stored, 1), tl.trans(b), sums, out_dtype=tl.int32)
+    sums = tl.dot(_cut_out(stored, 2), tl.trans(c), sums, out_dtype=tl.int32)
+    sums = tl.dot(_cut_out(stored, 3), tl.trans(d), sums, out_dtype=tl.int32)
+    # Page first, as they lie in memory: only loads of four bytes or more are issued ahead.
+    run = tl.arange(0, V)
+    rms = tl.load(scales + index[:, None] + run[None, :], mask=mask[:, None] & (run >= 0)[None, :], other=0.0)
+    rms = tl.permute(tl.reshape(rms, [TILE, ROWS, RUNS]), (1, 0, 2)).to(tl.float32)
+    scores = tl.reshape(sums.to(tl.float32) * factor[None, :], [ROWS, TILE, RUNS, N]) * rms[:, :, :, None]
+    best = tl.max(tl.max(scores, 0), 1)
+    total = tl.sum(tl.sum(tl.exp2(scores - best[None, :, None, :]), 0), 1)
+    return best + _log2(total * (1.0 / V))
 
 
 @triton.jit
-def _rotate(x, rotation, place: tl.constexpr, S: tl.constexpr):
-    """A part of the rotated rows of ``x`` (float32 ``[16, block_d]``), to 24 bits."""
-    matrix = _rotation_part(rotation, place, S)
-    result = tl.zeros([x.shape[0], matrix.shape[1]], tl.float32)
-    for _ in tl.static_range(3):
-        plane = x.to(tl.bfloat16)
-        result = dot(plane, matrix, result)
-        x -= plane.to(tl.float32)
-    return result * (1.0 / tl.sqrt(tl.full([], S.rotated, tl.float32)))
+def _run_means(kv, page, place: tl.constexpr, key_scale, stride_block, stride_token, S: tl.constexpr):
+    """Elements 4 j + place of the run means of a physical page, float32 ``[block_q, 16]``: a matrix product takes 16
+    columns, so eight runs come twice."""
+    g: tl.constexpr = S.geometry
+    Q: tl.constexpr = S.block_q  # Triton 3.6 takes no plain int in a shape
+    run, j = tl.arange(0, 16) % S.vectors, tl.arange(0, Q)
+    means = tl.zeros([Q, 16], tl.float32)
+    length: tl.constexpr = g.page_size // S.vectors
+    for token in tl.static_range(length):
+        rows = page_rows(page, run * length + token, stride_block, stride_token, g)
+        at = kv + rows[None, :] + (4 * j + place)[:, None]
+        means += tl.load(at, mask=(j < S.head_size // 4)[:, None], other=0.0).to(tl.float32) * key_scale
+    return means / length
 
 
 @triton.jit
@@ -126,31 +199,27 @@ def finish_runs(
     kv, codes, scales, rotation, page, index, key_scale, stride_block, stride_token, S: tl.constexpr
 ):
     """Store the run means of one physical page of one head; arguments as ``finish_page``, ``index`` of its vectors."""
-    g: tl.constexpr = S.geometry
-    byte = tl.arange(0, S.block_q)
-    run = tl.arange(0, 16) % S.vectors  # a matrix product takes 16 rows: eight runs come twice
-    cols = tl.arange(0, S.block_d)
-    width: tl.constexpr = S.block_d  # Triton 3.6 takes no plain int in a shape
-    means = tl.zeros([16, width], tl.float32)
-    length: tl.constexpr = g.page_size // S.vectors
-    for token in tl.static_range(length):
-        rows = page_rows(page, run * length + token, stride_block, stride_token, g)
-        keys = tl.load(kv + rows[:, None] + cols[None, :], mask=(cols < S.head_size)[None, :], other=0.0)
-        means += keys.to(tl.float32) * key_scale
-    means /= length
+    a = _run_means(kv, page, 0, key_scale, stride_block, stride_token, S)
+    b = _run_means(kv, page, 1, key_scale, stride_block, stride_token, S)
+    c = _run_means(kv, page, 2, key_scale, stride_block, stride_token, S)
+    d = _run_means(kv, page, 3, key_scale, stride_block, stride_token, S)
     # A rotation keeps the mean square.
-    rms = tl.sqrt(tl.sum(means * means, 1) / S.head_size)
+    rms = tl.sqrt(tl.sum((a * a + b * b) + (c * c + d * d), 0) / S.head_size)
     rms = tl.maximum(rms, SMALLEST_RMS).to(tl.float16)
-    real = tl.arange(0, 16) < S.vectors
-    tl.store(scales + index + tl.arange(0, 16), rms, mask=real)
-    bytes_wide: tl.constexpr = S.block_q
-    packed = tl.zeros([16, bytes_wide], tl.int32)
-    for place in tl.static_range(4):
-        x = _rotate(means, rotation, place, S) / rms.to(tl.float32)[:, None]
-        level = tl.minimum(tl.maximum(tl.floor(x), -2.0), 1.0) + 2.0
-        packed |= level.to(tl.int32) << (2 * place)
+    run, j = tl.arange(0, 16), tl.arange(0, S.block_q)
+    real = run < S.vectors
+    tl.store(scales + index + run, rms, mask=real)
+    a, b, c, d = _rotate_places(a, b, c, d, rotation, 3, S)
+    step = rms.to(tl.float32)[None, :] * tl.sqrt(tl.full([], S.rotated, tl.float32))
+    packed = _code(a / step) | _code(b / step) << 2 | _code(c / step) << 4 | _code(d / step) << 6
     tl.store(
-        codes + (index + tl.arange(0, 16))[:, None] * (S.head_size // 4) + byte[None, :],
+        codes + (index + run)[None, :] * (S.head_size // 4) + j[:, None],
         packed.to(tl.uint8),
-        mask=real[:, None] & (byte < S.head_size // 4)[None, :],
+        mask=real[None, :] & (j < S.head_size // 4)[:, None],
     )
+
+
+@triton.jit
+def _code(x):
+    """The level of an element in units of the root mean square: 0 to 3, int32."""
+    return (tl.minimum(tl.maximum(tl.floor(x), -2.0), 1.0) + 2.0).to(tl.int32)

@@ -1,4 +1,4 @@
-"""Scores of the mid region's pages: twin of ``reference.score_pages`` and of the total in ``reference.unread_log_mass``.
+"""Scores of the mid region's pages: twin of ``reference.score_pages`` and of the sum in ``reference.unread_log_mass``.
 
 A program scores some of a (row, KV head)'s pages. It leaves an ordered key for each page and the maxima of neighbouring
 keys; for the completion ``paged`` also each query head's score of the page, and their log-sum-exp over its pages.
@@ -109,15 +109,15 @@ def score_pages(
     heads = tl.arange(0, N)
     cols = tl.arange(0, S.block_d)
     member = heads < S.group
-    q = tl.load(
-        query + heads[None, :] * stride_query_head + cols[:, None],
-        mask=member[None, :] & (cols < S.head_size)[:, None],
-        other=0.0,
-    )
     if S.query_map == "runs":
-        first, second, third, fourth, factor, offset = query_parts(q, rotation, S)
+        first, second, third, fourth, factor, offset = query_parts(query, stride_query_head, rotation, S)
         factor *= scale * LOG2_E
     else:
+        q = tl.load(
+            query + heads[None, :] * stride_query_head + cols[:, None],
+            mask=member[None, :] & (cols < S.head_size)[:, None],
+            other=0.0,
+        )
         q = q.to(tl.float32) * scale
         high, low, factor = _planes(q, codes.dtype.element_ty)
     if S.query_map == "abs":
@@ -134,11 +134,9 @@ def score_pages(
         page = page_of(block_table, i + g.sink_pages, real, g).to(tl.int64)
         index = (page * S.heads + head) * S.vectors
         if S.query_map == "runs":
-            by_run = run_scores(
+            scores = run_scores(
                 codes, scales, index, first, second, third, fourth, factor, offset, real, S, TILE
             )
-            best = tl.max(by_run, 0)
-            scores = best + tl.log2(tl.sum(tl.exp2(by_run - best[None, :, :]), 0) * (1.0 / S.vectors))
         else:
             unit, unit2 = factor, factor
             if codes.dtype.element_ty == tl.int8:

@@ -45,9 +45,24 @@ class Shape:
         return next_power_of_2(self.head_size)
 
     @property
+    def runs_in_row(self) -> int:
+        """Neighbouring runs that make one row of the matrix product that scores pages by ``runs``."""
+        return max(1, 8 // next_power_of_2(self.group))
+
+    @property
+    def columns(self) -> int:
+        """Columns of that product: the query heads for each run of a row."""
+        return self.runs_in_row * self.block_n
+
+    @property
     def block_q(self) -> int:
-        """A quarter of the head size, padded to what an int8 matrix instruction takes."""
-        return max(32, next_power_of_2(self.head_size // 4))
+        """Bytes of a vector at 2 bits, padded so that a row is what an int8 matrix instruction takes."""
+        return max(next_power_of_2(self.head_size // 4), 32 // self.runs_in_row)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, padding included."""
+        return self.runs_in_row * self.block_q
 
     @property
     def rotated(self) -> int:
@@ -56,8 +71,10 @@ class Shape:
 
     @property
     def block_n(self) -> int:
-        """Query heads of a KV head padded to what a matrix instruction takes."""
-        return max(8, next_power_of_2(self.group))
+        """Query heads of a KV head, padded to a power of two, and for a plain product to what an instruction takes."""
+        return (
+            next_power_of_2(self.group) if self.query_map == "runs" else max(8, next_power_of_2(self.group))
+        )
 
     @property
     def block_m(self) -> int:

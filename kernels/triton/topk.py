@@ -1,7 +1,7 @@
 """The k largest of n keys by one program, exact and deterministic: ties go to the earlier key.
 
 Scores are compared as integers: a float32's bits, with the negative numbers turned around, have the order of the
-numbers. The threshold is searched for between two bounds, three ways at a time so that one reduction of two packed
+numbers. The threshold is searched for between two bounds, five ways at a time so that one reduction of four packed
 counts decides; the search ends as soon as exactly k keys are left.
 """
 
@@ -36,19 +36,47 @@ def load_keys(keys, groups, start, n, limit, GROUP: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _narrow(low, high, reached, first, second, count_first, count_second, k):
-    """The third of ``[low, high)`` that holds the threshold, and the number of keys >= its lower bound."""
-    reached = tl.where(count_second >= k, count_second, tl.where(count_first >= k, count_first, reached))
-    high = tl.where(count_second >= k, high, tl.where(count_first >= k, second, first))
-    low = tl.where(count_second >= k, second, tl.where(count_first >= k, first, low))
-    return low, high, reached
+def _counts(x, low, step):
+    """How many keys (fewer than 2^15) reach low + step, + 2 step, + 3 step and + 4 step: four int32. They are counted
+    in 16 bits each, so that one reduction does."""
+    first = tl.minimum(low + step, HIGHEST).to(tl.int32)
+    second = tl.minimum(low + 2 * step, HIGHEST).to(tl.int32)
+    third = tl.minimum(low + 3 * step, HIGHEST).to(tl.int32)
+    fourth = tl.minimum(low + 4 * step, HIGHEST).to(tl.int32)
+    lower = (x >= first).to(tl.int32) + ((x >= second).to(tl.int32) << 16)
+    upper = (x >= third).to(tl.int32) + ((x >= fourth).to(tl.int32) << 16)
+    sums = tl.sum(lower.to(tl.int64) + (upper.to(tl.int64) << 32), 0)
+    return (
+        (sums & 0xFFFF).to(tl.int32),
+        ((sums >> 16) & 0xFFFF).to(tl.int32),
+        ((sums >> 32) & 0xFFFF).to(tl.int32),
+        (sums >> 48).to(tl.int32),
+    )
 
 
 @triton.jit
-def _probes(low, high):
-    """Two keys that cut ``[low, high)`` into thirds; int64, since the bounds may be 2^32 apart."""
-    width = high - low
-    return low + (width + 2) // 3, low + (2 * width + 2) // 3
+def _step(low, high):
+    """A little more than a fifth of ``high - low``, at least 1; int64, since the bounds may be 2^32 apart."""
+    return tl.maximum(((high - low) * 13) >> 6, 1)
+
+
+@triton.jit
+def _raise(low, reached, probe, count, high, k):
+    """Move the lower bound up to a probe that k keys reach."""
+    enough = (count >= k) & (probe < high)
+    return tl.where(enough, probe, low), tl.where(enough, count, reached)
+
+
+@triton.jit
+def _narrow(low, high, reached, step, first, second, third, fourth, k):
+    """The fifth of ``[low, high)`` that holds the threshold, and the number of keys >= its lower bound."""
+    base = low
+    low, reached = _raise(low, reached, base + step, first, high, k)
+    low, reached = _raise(low, reached, base + 2 * step, second, high, k)
+    low, reached = _raise(low, reached, base + 3 * step, third, high, k)
+    low, reached = _raise(low, reached, base + 4 * step, fourth, high, k)
+    # Above the fourth probe there may be more than a step left.
+    return low, tl.where(low == base + 4 * step, high, tl.minimum(high, low + step)), reached
 
 
 @triton.jit
@@ -62,10 +90,9 @@ def threshold(x, k, low, high):
     low, high = low.to(tl.int64), high.to(tl.int64)
     reached = tl.full([], 2**30, tl.int32)
     while (high - low > 1) & (reached != k):
-        first, second = _probes(low, high)
-        hits = (x >= first.to(tl.int32)).to(tl.int32) + ((x >= second.to(tl.int32)).to(tl.int32) << 16)
-        counts = tl.sum(hits, 0)
-        low, high, reached = _narrow(low, high, reached, first, second, counts & 0xFFFF, counts >> 16, k)
+        step = _step(low, high)
+        first, second, third, fourth = _counts(x, low, step)
+        low, high, reached = _narrow(low, high, reached, step, first, second, third, fourth, k)
     return low.to(tl.int32)
 
 
@@ -75,14 +102,14 @@ def threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP: tl.constexp
     low, high = low.to(tl.int64), high.to(tl.int64)
     reached = tl.full([], 2**30, tl.int32)
     while (high - low > 1) & (reached != k):
-        first, second = _probes(low, high)
-        count_first = tl.full([], 0, tl.int32)
-        count_second = tl.full([], 0, tl.int32)
+        step = _step(low, high)
+        first = tl.full([], 0, tl.int32)
+        second, third, fourth = first, first, first
         for start in range(0, n, BLOCK):
             _, x, _ = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
-            count_first += tl.sum((x >= first.to(tl.int32)).to(tl.int32), 0)
-            count_second += tl.sum((x >= second.to(tl.int32)).to(tl.int32), 0)
-        low, high, reached = _narrow(low, high, reached, first, second, count_first, count_second, k)
+            one, two, three, four = _counts(x, low, step)
+            first, second, third, fourth = first + one, second + two, third + three, fourth + four
+        low, high, reached = _narrow(low, high, reached, step, first, second, third, fourth, k)
     t = low.to(tl.int32)
     above = tl.full([], 0, tl.int32)
     for start in range(0, n, BLOCK):

@@ -4,9 +4,9 @@ A policy that ``estimates_mass`` scores a page by the log of the mean of exp(q.k
 
     sum over unread pages p of page_size * exp(score_p)
 
-is the residual's mass without a further byte. For ``runs`` a score is Jensen's lower bound run by run, and so is its sum,
-but never below that of ``linear``, which takes all of the residual for one run: the spread of scores between runs
-counts, only the spread inside them is left out. Two bits of rounding noise add a little.
+is the residual's mass without a further byte. For ``runs`` a score is Jensen's lower bound run by run but for rounding,
+and so is the sum, never below that of ``linear``, which takes all of the residual for one run: the spread of scores
+between runs counts, only the spread inside them is left out.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from vllm_rc_backend.attention_triton import (
     Workspace,
     make_shape,
 )
-from vllm_rc_backend.config import RCTopKConfig
+from vllm_rc_backend.config import RCTopKConfig, default_completion
 from vllm_rc_backend.evaluation.kernel_check import Case, check, check_row
 from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags
 from vllm_rc_backend.selection import POLICIES
@@ -91,7 +91,7 @@ class Layers:
         self.block_tables = blocks.view(count, batch, width).to(torch.int32)
         # A step at which no page is finished, and the one in page_size at which every row finishes one.
         self.usual_len, self.page_len = context - geometry.page_size // 2, context
-        self.workspace = Workspace(shape, batch, longest, device, case.statistics_bits, tuning)
+        self.workspace = Workspace(shape, batch, context, device, case.statistics_bits, tuning)
         pages = pool.shape[0] * geometry.pages_per_block
         shared = SideStore(replace(layout, slots=0), pages, device)
         self.attentions, self.planners = [], []
@@ -417,7 +417,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--statistics-bits", type=int, choices=(2, 8, 16), help="default: those of the selection policy"
     )
     parser.add_argument("--selection", choices=tuple(POLICY_QUERY_MAPS), default=RCTopKConfig.selection)
-    parser.add_argument("--completion", choices=COMPLETIONS, default=RCTopKConfig.completion)
+    parser.add_argument("--completion", choices=COMPLETIONS, help="default: that of the selection policy")
     parser.add_argument("--layout", choices=("HND", "NHD"), default="NHD", help="order inside a KV block")
     parser.add_argument(
         "--rows", nargs="*", metavar="CONTEXTxBATCH", help="such as 32Kx8; default: " + " ".join(_names())
@@ -450,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
         budget=options.budget,
         statistics_bits=options.statistics_bits or POLICIES[options.selection].statistics_bits[0],
         selection=options.selection,
-        completion=options.completion,
+        completion=options.completion or default_completion(options.selection),
         head_first=options.layout == "HND",
     )
     wanted = [name.upper().split("KX") for name in options.rows or _names()]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_rc_backend.completion import COMPLETIONS
 from vllm_rc_backend.completion.feature_file import FeatureFile, fingerprint
-from vllm_rc_backend.config import RCTopKConfig
+from vllm_rc_backend.config import RCTopKConfig, default_completion
 from vllm_rc_backend.doctor import ModelFacts
 from vllm_rc_backend.evaluation.diagnostics import diagnose
 from vllm_rc_backend.evaluation.grid import DENSE, Case, Journal, Selection, Shapes, cases, published, row
@@ -217,8 +217,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--completions",
         type=many(str),
-        default=["none", RCTopKConfig.completion],
-        help=f"of features, {', '.join(sorted(COMPLETIONS))} (default none,{RCTopKConfig.completion})",
+        default=["none", default_completion(RCTopKConfig.selection)],
+        help=f"of features, {', '.join(sorted(COMPLETIONS))} (default none,"
+        f"{default_completion(RCTopKConfig.selection)})",
     )
     add("--features-file", type=Path, help="from rc-topk calibrate, for --completions features")
     add(

@@ -13,7 +13,7 @@ import torch
 
 from vllm_rc_backend.completion import LEARNED, Completion, make_completion
 from vllm_rc_backend.completion.features import Features
-from vllm_rc_backend.config import RCTopKConfig
+from vllm_rc_backend.config import RCTopKConfig, default_completion
 from vllm_rc_backend.evaluation.measure import Estimate, Result
 from vllm_rc_backend.evaluation.snapkv import SnapKV
 from vllm_rc_backend.evaluation.sparse import Setting
@@ -49,6 +49,11 @@ class Selection:
                 f"selection {text}: {name} keeps no statistics and has no weight; give {name} alone"
             )
         return selection
+
+    @property
+    def completion(self) -> str:
+        """The completion that it comes with. SnapKV's scores are of an earlier query, so no mass of this one."""
+        return "linear" if self.name == SnapKV.name else default_completion(self.name)
 
     def options(self, **others: Any) -> RCTopKConfig:
         """The engine's options."""
@@ -190,7 +195,8 @@ def row(model: str, case: Case, result: Result, reads: dict[str, float]) -> dict
 
 def published(entry: dict[str, Any]) -> dict[str, Any]:
     """A row with what is shipped marked: its completion is called ``default``, its estimator keeps the name."""
-    completion = "default" if entry["completion"] == RCTopKConfig.completion else entry["completion"]
+    shipped = entry["selection"] != DENSE and Selection.parse(entry["selection"]).completion
+    completion = "default" if entry["completion"] == shipped else entry["completion"]
     marks = {
         "default_selection": entry["selection"] == RCTopKConfig.selection,
         "estimator": entry["completion"],

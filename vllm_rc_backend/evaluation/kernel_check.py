@@ -285,7 +285,7 @@ def compare_selection(
     assert bool((places >= 0).all()), f"row {row}: selected pages outside the mid region"
     assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: selected pages repeat or are out of order"
     worst, lowest = (scores.gather(1, x).amin(-1) for x in (places, needed))
-    slack = (1e-2 if case.selection == "runs" else 2e-3) * scores.abs().amax(-1)  # runs: the query has 8 bits
+    slack = (5e-2 if case.selection == "runs" else 2e-3) * scores.abs().amax(-1)  # runs: 6 to 8 bits of query
     assert bool((worst >= lowest - slack).all()), (
         f"row {row}: took a page of {worst} and left one of {lowest}"
     )

@@ -120,7 +120,7 @@ def resources(launch: Launch) -> dict[str, int | str]:
         ):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    warps = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
+    warps = {k: v for k, v in options.items() if k in ("num_warps", "num_stages", "maxnreg")}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
