@@ -55,6 +55,7 @@ TABLES: dict[str, list[Row]] = {
         *(Row(f.name, family_outcome(f.sparse), f.note, FAMILY_TEST) for f in FAMILIES),
         Row("RAT+ (RATPlusForCausalLM, ours)", WORKS, "with any backend; [what it is](exponential-memory.md)",
             "engine/test_rat_plus.py::test_every_scheduling_event"),
+        Row("RAT+ on a GPU", UNTESTED, "needs a GPU to run", "gpu/test_engine.py::test_rat_plus_is_plain_torch"),
         Row("RAT+ with speculative decoding", REFUSED, "the memory of rejected tokens cannot be taken back",
             "engine/test_rat_plus.py::test_speculation_is_refused"),
         Row("gpt-oss", REFUSED, "attention sinks", "engine/test_families.py::test_gpt_oss_is_refused"),

@@ -52,6 +52,45 @@ def launch_linear_scan(decay: Tensor, total: Tensor, starts: Tensor, state: Tens
     return out
 
 
+def launch_remember(
+    packed: Tensor,
+    out: Tensor,
+    states: Tensor,
+    rows: Tensor,
+    starts: Tensor | None = None,
+    known: Tensor | None = None,
+) -> None:
+    """A served layer's memory on a GPU, in one launch that reads no value on the host.
+
+    Args:
+        packed: ``[tokens, 3 * channels]``: keys, values, logits of the gates.
+        out: ``[tokens, 2 * channels]``, written: keys and values.
+        states: float32 ``[blocks, 2, channels]`` of any first stride, updated in place.
+        rows: int, each sequence's place among them.
+        starts: int ``[sequences + 1]`` of a prefill; without it, every token is a decode row of its own.
+        known: bool, of a prefill: whether a sequence has a state yet; otherwise it begins at zero.
+    """
+    import triton
+
+    from vllm_rc_backend.kernels.triton.memory import remember_kernel
+
+    channels = states.shape[-1]
+    grid = (len(rows), 2, triton.cdiv(channels, BLOCK))
+    remember_kernel[grid](
+        packed,
+        out,
+        states,
+        rows.contiguous(),
+        starts,
+        known,
+        states.stride(0),
+        channels,
+        prefill=starts is not None,
+        tile=TILE,
+        block=BLOCK,
+    )
+
+
 @linear_scan.register_fake
 def _shape(decay: Tensor, total: Tensor, starts: Tensor, state: Tensor) -> Tensor:
     return torch.empty_like(total, memory_format=torch.contiguous_format)

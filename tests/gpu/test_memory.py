@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.unit.kernels.remember_check import check_remember
 from vllm_rc_backend.decaying_memory import linear_scan
 from vllm_rc_backend.kernels import reference
 
@@ -28,3 +29,9 @@ def test_scan_and_gradient(lengths: tuple[int, ...], channels: int) -> None:
         found.append((y, *torch.autograd.grad((y * weights).sum(), (decay, total, state))))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [64, 200, 1024])
+def test_remember(channels: int, dtype: torch.dtype) -> None:
+    check_remember("cuda", channels, dtype)

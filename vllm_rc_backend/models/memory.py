@@ -7,6 +7,8 @@ only one with a state and no further contract, so that torch.compile splits its 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
@@ -15,7 +17,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.short_conv import ShortConv  # noqa: F401 - defines torch.ops.vllm.short_conv
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from vllm_rc_backend.decaying_memory import remember
+from vllm_rc_backend.decaying_memory import launch_remember, remember
 from vllm_rc_backend.kernels.reference import memory_step
 
 
@@ -43,23 +45,20 @@ class DecayingMemory(nn.Module, MambaBase):
             Like ``keys_values``.
         """
         packed = torch.cat((keys_values, gate), dim=-1)  # the operator takes one tensor
-        output = torch.empty_like(keys_values)
+        output = torch.empty_like(keys_values, memory_format=torch.contiguous_format)
         torch.ops.vllm.short_conv(packed, output, self.prefix)
         return output
 
     def forward_native(self, hidden_states: Tensor, output: Tensor) -> None:
-        """What the operator runs: ``hidden_states`` is ``packed`` above. Reads no device value."""
+        """What the operator runs on a CPU: ``hidden_states`` is ``packed`` above."""
+        step = self._step()
+        if step is None:
+            output.zero_()
+            return
         x, gate = hidden_states.float().split((2 * self.channels, self.channels), dim=-1)
         x, gate = x.unflatten(-1, (2, self.channels)), gate.sigmoid()
         out, states = output.unflatten(-1, (2, self.channels)), self.kv_cache[0]
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            # vLLM measures memory: take what a prefill of so many tokens takes. It also compiles the kernel.
-            starts = torch.arange(2, dtype=torch.int32, device=x.device) * len(x)
-            out.copy_(remember(x, gate, starts, x.new_zeros(1, 2, self.channels)))
-            return
-        step = metadata[self.prefix]
-        # Decode rows come first. The padding rows of a captured batch share block 0, which no sequence owns.
+        # Decode rows come first.
         decodes, end = step.num_decode_tokens, step.num_decode_tokens + step.num_prefill_tokens
         if decodes:
             rows = step.state_indices_tensor_d[:decodes, 0].long()
@@ -73,7 +72,29 @@ class DecayingMemory(nn.Module, MambaBase):
             states[rows] = new[starts[1:].long() - 1]
             out[decodes:end] = new.to(out.dtype)
 
-    forward_cuda = forward_native
+    def forward_cuda(self, hidden_states: Tensor, output: Tensor) -> None:
+        """The same on a GPU, in a launch for the decode rows and one for the prefills. Reads no device value."""
+        step, states = self._step(), self.kv_cache[0]
+        if (
+            step is None
+        ):  # no state yet: one sequence of all tokens, so that the kernel is compiled before it serves
+            ends = torch.arange(2, dtype=torch.int32, device=output.device)
+            states = torch.zeros(1, 2, self.channels, dtype=torch.float32, device=output.device)
+            launch_remember(hidden_states, output, states, ends[:1], ends * len(output), ends[:1] > 0)
+            return
+        decodes = step.num_decode_tokens
+        if decodes:
+            # The padding rows of a captured batch share block 0, which no sequence owns.
+            rows = step.state_indices_tensor_d[:decodes, 0]
+            launch_remember(hidden_states, output, states, rows)
+        if step.num_prefills:
+            rest = (hidden_states[decodes:], output[decodes:], states, step.state_indices_tensor_p)
+            launch_remember(*rest, step.query_start_loc_p, step.has_initial_states_p)
+
+    def _step(self) -> Any:
+        """vLLM's metadata of this layer; None while it profiles."""
+        metadata = get_forward_context().attn_metadata
+        return None if metadata is None else metadata[self.prefix]
 
     def get_state_shape(self) -> tuple[tuple[int, int]]:
         return ((2, self.channels),)

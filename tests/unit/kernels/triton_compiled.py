@@ -21,7 +21,7 @@ from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Wo
 from vllm_rc_backend.decaying_memory import BLOCK, TILE
 from vllm_rc_backend.evaluation.kernel_check import Case
 from vllm_rc_backend.kernels.reference import SummaryTags
-from vllm_rc_backend.kernels.triton.memory import linear_scan_kernel
+from vllm_rc_backend.kernels.triton.memory import linear_scan_kernel, remember_kernel
 from vllm_rc_backend.side_store import SideStore
 
 DEFAULT = {
@@ -95,13 +95,17 @@ def launches(case: Case) -> Iterator[Launch]:
         yield from ((recorder.kernel, *launch) for launch in recorder.launches)
 
 
-def memory_launch() -> Launch:
-    """The scan of a RAT+ prefill: 8 KV heads of 128."""
+def memory_launches() -> Iterator[Launch]:
+    """RAT+'s memory with 8 KV heads of 128: the scan of the training, a prefill, a decode."""
     channels = 8 * 128
+    tiles = {"tile": TILE, "block": BLOCK}
     decay, total = torch.zeros(16, channels), torch.zeros(16, 2, channels)
-    starts = torch.zeros(2, dtype=torch.int32)
-    arguments = (decay, total, starts, total[:1], total, 2, channels)
-    return linear_scan_kernel, arguments, {"tile": TILE, "block": BLOCK}
+    starts, known = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.bool)
+    yield linear_scan_kernel, (decay, total, starts, total[:1], total, 2, channels), tiles
+    packed, out = (torch.zeros(16, n * channels, dtype=torch.bfloat16) for n in (3, 2))
+    arguments = (packed, out, total, starts, starts, known, 4 * channels, channels)
+    yield remember_kernel, arguments, {**tiles, "prefill": True}
+    yield remember_kernel, (*arguments[:4], None, None, *arguments[6:]), {**tiles, "prefill": False}
 
 
 def resources(launch: Launch) -> dict[str, int | str]:
@@ -143,5 +147,5 @@ def resources(launch: Launch) -> dict[str, int | str]:
 
 if __name__ == "__main__":
     found = [{"variant": name, **resources(r)} for name, case in VARIANTS.items() for r in launches(case)]
-    found.append({"variant": "memory", **resources(memory_launch())})
+    found += [{"variant": "memory", **resources(launch)} for launch in memory_launches()]
     print(json.dumps(found, indent=1))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.kernels.remember_check import check_remember
 from vllm_rc_backend.decaying_memory import launch_linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 from vllm_rc_backend.kernels import reference
@@ -151,3 +152,9 @@ def test_linear_scan(lengths: tuple[int, ...], channels: int) -> None:
     torch.testing.assert_close(
         launch_linear_scan(decay, total, starts, state), expected, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [16, 40])
+def test_remember(channels: int, dtype: torch.dtype) -> None:
+    check_remember("cpu", channels, dtype)
