@@ -64,9 +64,10 @@ class Audit:
         self.llm = llm
         self.core = llm.llm_engine.engine_core.engine_core
         self.pages = self.summaries = 0
+        self.differing = 0.0  # sum over pages of the share of their statistics' bytes
 
     def check(self) -> None:
-        """Statistics bit for bit, and every summary that some running request's tag finds."""
+        """All finished pages' statistics, and every summary that some running request's tag finds."""
         torch.cuda.synchronize()
         for request in self.core.scheduler.running:
             (blocks,) = self.core.scheduler.kv_cache_manager.get_block_ids(request.request_id)
@@ -86,11 +87,13 @@ class Audit:
         codes, scales = reference.encode_statistics(
             layout.policy.statistics(keys).transpose(0, 1), store.codes.dtype
         )
-        # Bit for bit, except that runs are rotated by sums whose order differs: an element at the edge of a level.
-        differ = (store.codes[ids] != codes).float().mean()
-        assert differ < (1e-3 if codes.dtype == torch.uint8 else 1e-9), differ
+        # Runs are rotated by sums whose order differs, which now and then takes an element over the edge of a level.
+        # A page of other tokens differs in nearly all bytes.
+        differ = (store.codes[ids] != codes).flatten(1).float().mean(dim=1)
+        assert differ.max() <= (0.02 if codes.dtype == torch.uint8 else 0), differ
+        self.differing += float(differ.sum())
         if scales is not None:
-            assert torch.allclose(store.scales[ids].float(), scales.float(), rtol=1e-3)
+            assert torch.allclose(store.scales[ids].float(), scales.float(), rtol=2e-3)
         self.pages += len(ids)
         for planner in (b.planner for b in builders(self.llm) if b.planner is not None):
             for m in range(geometry.sink_pages + 1, len(finished) + 1):
@@ -158,6 +161,7 @@ def test_side_store_is_right(
     assert all(a.tokens for a in answers(scenario(small_engine, prompt)))
     after = counters(small_engine)
     assert audit.pages > 0
+    assert audit.differing < 1e-3 * audit.pages
     assert audit.summaries > 0
     assert after["sparse_rows"] > before["sparse_rows"]
     assert after["rows_without_summary"] == before["rows_without_summary"]
