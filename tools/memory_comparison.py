@@ -24,7 +24,7 @@ import torch
 
 from vllm_rc_backend.completion.feature_file import fingerprint
 from vllm_rc_backend.config import RCTopKConfig
-from vllm_rc_backend.evaluation.grid import DENSE, Case, Journal, Shapes, cases, row
+from vllm_rc_backend.evaluation.grid import DENSE, Case, Journal, Selection, Shapes, cases, row
 from vllm_rc_backend.evaluation.llama import Llama
 from vllm_rc_backend.evaluation.measure import Z95, measure
 from vllm_rc_backend.evaluation.needles import NEEDLES
@@ -37,7 +37,8 @@ PAGE = ROOT / "docs" / "exponential-memory.md"
 ROWS = ROOT / "docs" / "results" / "exponential-memory"
 
 POLICIES = {"box:1": "Quest", "moba": "MoBA", "snapkv": "SnapKV", RCTopKConfig.selection: "ours"}
-COMPLETIONS = ("none", "linear")
+COMPLETIONS = {policy: ("none", Selection.parse(policy).completion) for policy in POLICIES}
+"""Of each policy: selection alone, and the completion that the policy comes with."""
 BUDGETS = (1 / 64, 1 / 32, 1 / 16, 1 / 8)
 CONTEXTS = (4096, 8192, 16384)
 PAIRS = {("dense", "memory"): "Trained from the start", ("continued", "converted"): "Converted"}
@@ -72,6 +73,14 @@ class Difference(NamedTuple):
         return cls(*means, Z95 * math.sqrt(total))
 
 
+def settings_of(context: int, task: str) -> list[Case]:
+    """Every row of one task, dense first."""
+    by_policy = (
+        cases(context, task, BUDGETS, [policy], completions) for policy, completions in COMPLETIONS.items()
+    )
+    return list(dict.fromkeys(itertools.chain.from_iterable(by_policy)))
+
+
 def measure_model(
     folder: Path, rows: Path, contexts: list[int], prompts: int, batch: int, device: str
 ) -> None:
@@ -89,7 +98,7 @@ def measure_model(
     journal = Journal(rows / f"{folder.name}.jsonl", header)
     shapes = Shapes(model.layers, model.heads, model.head_size, None)
     for context, task in itertools.product(contexts, NEEDLES):
-        todo = [c for c in cases(context, task, BUDGETS, POLICIES, COMPLETIONS) if c not in journal.rows]
+        todo = [case for case in settings_of(context, task) if case not in journal.rows]
         if not todo:
             continue
         print(f"{folder.name}: {task} at {context}, {len(todo)} rows", flush=True)
@@ -129,12 +138,13 @@ def page(models: dict[str, Rows]) -> str:
 def tables(without: Rows, with_it: Rows) -> Iterator[str]:
     """All tables of a pair, and what they say in sum."""
     found = dict(differences(without, with_it))
-    for completion in COMPLETIONS:
-        verdicts = [d.verdict for case, d in found.items() if case.completion == completion]
+    for title, alone in (("Selection alone", True), ("Completed", False)):
+        sparse = [(case, d) for case, d in found.items() if case.selection != DENSE]
+        verdicts = [d.verdict for case, d in sparse if (case.completion == "none") == alone]
         counts = ", ".join(
             f"{verdict} in {verdicts.count(verdict)}" for verdict in ("higher", "lower", "undecided")
         )
-        yield f"Completion `{completion}`: of {len(verdicts)} settings the memory is {counts}.\n"
+        yield f"{title}: of {len(verdicts)} settings the score with the memory is {counts}.\n"
     for context in dict.fromkeys(case.context for case in found):
         dense = found[Case(context, "", 1.0, DENSE, DENSE)]
         yield (
@@ -146,7 +156,7 @@ def tables(without: Rows, with_it: Rows) -> Iterator[str]:
             "| policy | completion | " + " | ".join(share(budget) for budget in budgets) + " |",
             "|---" * (2 + len(budgets)) + "|",
         ]
-        for policy, completion in itertools.product(POLICIES, COMPLETIONS):
+        for policy, completion in ((p, c) for p, of_policy in COMPLETIONS.items() for c in of_policy):
             cells = [found.get(Case(context, "", budget, policy, completion)) for budget in budgets]
             written = " | ".join("" if cell is None else text(cell) for cell in cells)
             lines.append(f"| {POLICIES[policy]} | {completion} | {written} |")
@@ -169,7 +179,7 @@ def by_task(without: Rows, with_it: Rows) -> Iterator[str]:
     ]
     for task in NEEDLES:
         wanted = [Case(context, task, 1.0, DENSE, DENSE)]
-        wanted += [Case(context, task, budget, policy, COMPLETIONS[0]) for policy in POLICIES]
+        wanted += [Case(context, task, budget, policy, "none") for policy in POLICIES]
         if not all(case in rows for case in wanted for rows in (without, with_it)):
             return
         cells = [f"{without[case]['score']:.2f} -> {with_it[case]['score']:.2f}" for case in wanted]

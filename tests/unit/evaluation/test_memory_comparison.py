@@ -64,7 +64,7 @@ def test_a_run_goes_on_and_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     text = (tmp_path / "page.md").read_text()
     assert "Not run." not in text
-    assert "of 4 settings the memory is" in text
+    assert text.count("of 4 settings the score with the memory is") == 4
     assert memory_comparison.main(["--rows", str(tmp_path / "rows"), "--check"]) == 0
 
     before = (tmp_path / "rows" / "dense.jsonl").read_text()
