@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_rc_backend.host_kv.page_cache import LayerPages
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
 from vllm_rc_backend.kernels.triton.decode import PARTIAL_STATS, decode_kernel
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED
+from vllm_rc_backend.kernels.triton.page_cache import choose_kernel
 from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
 from vllm_rc_backend.kernels.triton.statistics import finish_pages_kernel
 from vllm_rc_backend.kernels.triton.summary import plan_kernel
@@ -285,11 +287,13 @@ class TritonAttention:
         scale: float,
         key_scale: float = 1.0,
         value_scale: float = 1.0,
+        pages: LayerPages | None = None,
     ) -> None:
         """
         Args:
             store: this layer's page statistics and summaries.
             workspace: shared by all layers.
+            pages: this layer's page cache, with the KV pages in host memory.
             scale: the softmax scale.
             key_scale, value_scale: factors of a quantised cache.
         """
@@ -299,6 +303,7 @@ class TritonAttention:
         self.scale = scale
         self.key_scale = key_scale
         self.value_scale = value_scale
+        self.pages = pages
 
     def update_prefill(
         self, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor, max_query_len: int
@@ -350,7 +355,12 @@ class TritonAttention:
         """
         kv = self._cache(kv_cache)
         self.update(kv, block_table, seq_lens, plan)
-        if self.workspace.joint(len(seq_lens)):
+        if self.pages is not None:
+            self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
+            self.choose(block_table, seq_lens)
+            self.pages.fetch(self.workspace.selected, kv, block_table, seq_lens)
+            self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
+        elif self.workspace.joint(len(seq_lens)):
             self.launch(query, kv, block_table, seq_lens, plan, out)
         else:
             self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
@@ -381,6 +391,27 @@ class TritonAttention:
             num_warps=4,
         )
 
+    def choose(self, block_table: Tensor, seq_lens: Tensor) -> None:
+        """The pages of all rows, as a launch of its own: what is read must be known before it is fetched."""
+        work = self.workspace
+        choose_kernel[(self.shape.heads, len(seq_lens))](
+            work.keys,
+            work.maxima,
+            work.groups,
+            work.chosen,
+            work.selected,
+            block_table,
+            seq_lens,
+            block_table.stride(0),
+            work.max_pages,
+            work.max_groups,
+            work.max_selected,
+            S=self.shape,
+            GROUP=work.neighbours,
+            BLOCKS=work.select_blocks,
+            num_warps=4,
+        )
+
     def launch(
         self,
         query: Tensor,
@@ -393,13 +424,15 @@ class TritonAttention:
         attends: bool = True,
     ) -> None:
         """Page scores, then attention over the best pages and anchors or over all tokens; or one of the two."""
-        work, tuning, rows = self.workspace, self.workspace.tuning, len(seq_lens)
+        work, tuning, rows, pages = self.workspace, self.workspace.tuning, len(seq_lens), self.pages
         scorers, attenders = work.scorers(rows), work.attenders(rows)
         joint = scores and attends
         splits = max(scorers, attenders) if joint else scorers if scores else attenders + 1
         decode_kernel[(self.shape.heads, splits, rows)](
             query,
             kv,
+            None if pages is None else pages.content,
+            None if pages is None else pages.group.reading,
             work.rotation,
             self.store.codes,
             self.store.scales,
@@ -432,6 +465,7 @@ class TritonAttention:
             work.max_pages,
             work.max_groups,
             work.max_selected,
+            0 if pages is None else pages.group.max_read,
             scorers,
             attenders,
             SCORES=scores,

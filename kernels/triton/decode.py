@@ -21,6 +21,7 @@ from vllm_rc_backend.kernels.triton.linear import LOG2_E, residual, tilt
 from vllm_rc_backend.kernels.triton.mass import page_scores, retrieved_mass, total_mass, unread_log_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
+from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 from vllm_rc_backend.kernels.triton.score import score_pages
@@ -63,6 +64,8 @@ def _rows(
 def _attend(
     q,
     kv,
+    content,
+    reading,
     block_table,
     selected,
     begin,
@@ -78,7 +81,7 @@ def _attend(
     """Exact attention over positions ``[begin, end)`` of the reading order.
 
     Position j is token j of the selected pages while ``j < n_retrieved``, then the sink's tokens, then those from
-    ``resume`` on.
+    ``resume`` on. With the KV pages in host memory ``reading`` says where each page of this order is.
 
     Returns:
         Output not normalised ``[block_m, block_d]``, maximum, sum and (retrieved tokens only) sum of scores, in base 2.
@@ -97,10 +100,14 @@ def _attend(
         j = start + tl.arange(0, TILE)
         real = j < end
         retrieved = j < n_retrieved
-        rows = _rows(
-            block_table, selected, start, end, n_retrieved, resume, stride_block, stride_token, g, TILE
-        )
-        at = kv + rows[:, None] + cols[None, :]
+        if reading is None:
+            rows = _rows(
+                block_table, selected, start, end, n_retrieved, resume, stride_block, stride_token, g, TILE
+            )
+            at = kv + rows[:, None] + cols[None, :]
+        else:
+            at = cached_rows(kv, content, reading, j, real, stride_block, stride_token, S)
+            at = at[:, None] + cols[None, :]
         mask = real[:, None] & real_cols
         keys = as_operand(tl.load(at, mask=mask, other=0.0))
         values = as_operand(tl.load(at + S.head_size, mask=mask, other=0.0))
@@ -122,6 +129,8 @@ def _attend(
 def decode_kernel(
     query,
     kv,
+    content,
+    reading,
     rotation,
     codes,
     scales,
@@ -156,6 +165,7 @@ def decode_kernel(
     max_pages,
     max_groups,
     max_selected,
+    max_read,
     scorers,
     attenders,
     SCORES: tl.constexpr,
@@ -176,6 +186,8 @@ def decode_kernel(
     Args:
         query: ``[rows, heads * group, head_size]``, unscaled.
         kv: the cache ``[block, head, token, K then V]``.
+        content, reading: with the KV pages in host memory the page cache, see ``page_cache.cached_rows``, and the pages
+            are chosen already; otherwise None.
         rotation: for ``runs``, see ``runs.query_parts``.
         codes, scales, states: the side store.
         slots: int32 ``[rows]``, the slot of each row's summary or -1.
@@ -222,6 +234,8 @@ def decode_kernel(
     partial_stats += lane * (attenders + 1) * PARTIAL_STATS * R
     query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
     block_table += row.to(tl.int64) * stride_table
+    if reading is not None:
+        reading += lane * max_read
     state = states + (tl.maximum(slot, 0).to(tl.int64) * S.heads + head) * (2 * S.state_rows * S.head_size)
 
     if SCORES:
@@ -271,6 +285,8 @@ def decode_kernel(
             if split < splits:
                 first = split * share // g.page_size
                 last = tl.minimum((split + 1) * share, n_retrieved) // g.page_size
+                if reading is not None:
+                    last = first  # all are chosen already
                 if first < last:
                     if SCORES:
                         # All programs of the launch run at the same time, so this ends.
@@ -295,6 +311,8 @@ def decode_kernel(
                     query,
                     stride_query_head,
                     kv + head.to(tl.int64) * stride_head,
+                    content,
+                    reading,
                     block_table,
                     selected,
                     chosen,
@@ -373,6 +391,8 @@ def _attend_split(
     query,
     stride_query_head,
     kv,
+    content,
+    reading,
     block_table,
     selected,
     chosen,
@@ -408,6 +428,8 @@ def _attend_split(
     out, m, total, scores_sum = _attend(
         q,
         kv,
+        content,
+        reading,
         block_table,
         selected,
         begin,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_rc_backend.attention_triton import COUNTERS, SummaryPlanner, TritonAttention, Workspace, make_shape
 from vllm_rc_backend.completion import make_completion
+from vllm_rc_backend.host_kv.page_cache import DevicePages
 from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import PagedKV, SummaryTags
@@ -26,6 +27,7 @@ class Case:
     Attributes:
         seq_lens: tokens of each sequence after the first decode step; 0 makes a padding row.
         head_first: whether a block holds head after head (HND), or token after token (NHD).
+        cache_slots: decode through a page cache of so many slots; None: without one.
     """
 
     seq_lens: tuple[int, ...] = (300,)
@@ -50,6 +52,7 @@ class Case:
     slots: int | None = None
     max_model_len: int = 512
     max_rows: int | None = None
+    cache_slots: int | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -126,7 +129,28 @@ class Runner:
             self.shape, max_rows, max(case.max_model_len, length), self.device, case.statistics_bits
         )
         scale = d**-0.5
-        self.attention = TritonAttention(self.store, self.workspace, scale, case.key_scale, case.value_scale)
+        self.pages: DevicePages | None = None
+        if case.cache_slots is not None:
+            self.pages = DevicePages(
+                self.shape.geometry,
+                1,
+                pages,
+                case.heads,
+                case.cache_slots,
+                d,
+                kv_dtype,
+                self.device,
+                max_rows,
+                self.workspace.max_pages * case.page_size,
+            )
+        self.attention = TritonAttention(
+            self.store,
+            self.workspace,
+            scale,
+            case.key_scale,
+            case.value_scale,
+            None if self.pages is None else self.pages.layers[0],
+        )
         self.planner: SummaryPlanner | None = None
         if layout.slots:
             self.planner = SummaryPlanner(
@@ -150,6 +174,9 @@ class Runner:
             position = torch.arange(seq_len - query_len, seq_len, device=self.device)
             block = self.block_table[row].long()[position // size]
             self.kv_cache[block, :, position % size] = self.tokens[row, position]
+        if self.pages is not None:
+            starts = self.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()])
+            self.pages.begin_step(self.block_table, self.tensor(seq_lens), starts, max(query_lens))
 
     def prefill(self) -> None:
         """All tokens before the first decode step; compares the page statistics."""

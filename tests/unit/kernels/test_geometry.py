@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -69,3 +70,21 @@ def test_threshold_keeps_sequences_dense() -> None:
     assert not g.is_sparse(1000)
     assert g.is_sparse(1001)
     assert g.tokens_read(1000) == 1000
+
+
+@given(
+    budget=st.one_of(st.integers(64, 400), st.floats(0.01, 0.9)),
+    tail=st.integers(1, 70),
+    sink=st.sampled_from([0, 16, 48]),
+    threshold=st.integers(0, 500),
+    seq_len=st.integers(1, 1000),
+)
+def test_no_row_reads_more_pages_than_its_list_has_room_for(
+    budget: float, tail: int, sink: int, threshold: int, seq_len: int
+) -> None:
+    pytest.importorskip("triton")
+    from vllm_rc_backend.host_kv.page_cache import most_pages_read
+
+    shape = Geometry(16, 16, sink, tail, budget, threshold)
+    read = -(-shape.tokens_read(seq_len) // 16)
+    assert read <= most_pages_read(shape, 1000)

@@ -38,6 +38,11 @@ def test_interpreted_kernels_agree_with_the_reference() -> None:
     run(arguments, TRITON_INTERPRET="1")
 
 
+def test_interpreted_page_cache_returns_what_the_pool_holds() -> None:
+    files = [str(HERE / name) for name in ("page_cache_interpreted.py", "staging_interpreted.py")]
+    run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files], TRITON_INTERPRET="1")
+
+
 def test_kernels_compile_for_hopper_without_spills() -> None:
     for variant in json.loads(run([str(HERE / "triton_compiled.py")], TRITON_INTERPRET="0")):
         assert variant["local_bytes"] == 0, f"{variant} spills registers"

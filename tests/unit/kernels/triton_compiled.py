@@ -20,6 +20,8 @@ from vllm_rc_backend import attention_triton
 from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
 from vllm_rc_backend.decaying_memory import BLOCK, TILE
 from vllm_rc_backend.evaluation.kernel_check import Case
+from vllm_rc_backend.host_kv import page_cache, staging
+from vllm_rc_backend.host_kv.page_cache import DevicePages
 from vllm_rc_backend.kernels.reference import SummaryTags
 from vllm_rc_backend.kernels.triton.memory import linear_scan_kernel, remember_kernel
 from vllm_rc_backend.side_store import SideStore
@@ -38,6 +40,7 @@ VARIANTS = {
     "16-bit statistics": Case(**DEFAULT),
     "default": Case(**DEFAULT, **RUNS, completion="paged"),
     "linear": Case(**DEFAULT, **RUNS),
+    "page cache": Case(**DEFAULT, **RUNS, completion="paged", cache_slots=64),
     "short contexts, head size 64": Case(
         **{**DEFAULT, "max_model_len": 32768, "head_size": 64}, **RUNS, completion="paged"
     ),
@@ -71,10 +74,11 @@ class Recorder:
 
 def launches(case: Case) -> Iterator[Launch]:
     """Every kernel with the arguments of a step of this case."""
-    names = [name for name in vars(attention_triton) if name.endswith("_kernel")]
-    recorders = {name: Recorder(getattr(attention_triton, name)) for name in names}
-    for name, recorder in recorders.items():
-        setattr(attention_triton, name, recorder)
+    modules = (attention_triton, page_cache, staging)
+    names = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
+    recorders = {at: Recorder(getattr(*at)) for at in names}
+    for at, recorder in recorders.items():
+        setattr(*at, recorder)
     layout = case.layout
     shape = make_shape(layout, case.group, case.group_rule)
     work = Workspace(shape, 1, case.max_model_len, "cpu", case.statistics_bits)
@@ -90,8 +94,16 @@ def launches(case: Case) -> Iterator[Launch]:
     attention.decode(*step)  # both phases in one launch
     attention.launch(*step, attends=False)
     attention.launch(*step, scores=False)
-    for name, recorder in recorders.items():
-        setattr(attention_triton, name, recorder.kernel)
+    if case.cache_slots is not None:
+        sizes = case.heads, case.cache_slots, case.head_size, kv_cache.dtype
+        pages = DevicePages(shape.geometry, 32, 4, *sizes, "cpu", 1, case.max_model_len)
+        pages.begin_step(table.view(1, -1), lengths, starts, 1)
+        attention.pages = pages.layers[0]
+        attention.decode(*step)
+        buffer = staging.Staging(shape.geometry, case.heads, case.head_size, kv_cache.dtype, "cpu", 1)
+        buffer.copy(kv_cache, table.view(1, -1), lengths, starts, 0)
+    for at, recorder in recorders.items():
+        setattr(*at, recorder.kernel)
         yield from ((recorder.kernel, *launch) for launch in recorder.launches)
 
 

@@ -83,6 +83,27 @@ CASES = {
         ),
         1,
     ),
+    "through a page cache": (Case(seq_lens=(300, 0, 90), cache_slots=64), 3),
+    "through a page cache without room, paged": (
+        Case(heads=1, cache_slots=5, completion="paged", selection="runs", statistics_bits=2),
+        2,
+    ),
+    "without a page cache, all from the pool": (Case(heads=1, cache_slots=0, head_first=False), 1),
+    "through a page cache, fp8, blocks of several pages, selection in two levels": (
+        Case(
+            seq_lens=(900,),
+            heads=1,
+            budget=150,
+            max_model_len=70_000,
+            cache_slots=40,
+            kv_dtype=torch.float8_e4m3fn,
+            key_scale=0.5,
+            value_scale=2.0,
+            pages_per_block=4,
+            statistics_bits=8,
+        ),
+        2,
+    ),
     "dense up to a threshold": (Case(dense_threshold=250, seq_lens=(200, 250, 251), heads=1), 2),
     "the budget covers the context": (Case(budget=512, heads=1), 1),
 }
