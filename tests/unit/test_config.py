@@ -18,7 +18,7 @@ REFUSED = {
     "selection": ["quest", "", None, "Box"],
     "selection_weight": [-0.1, 4.1, "1", True, float("nan")],
     "group_rule": ["min", None],
-    "completion": ["linaer", None],
+    "completion": ["linaer", 3],
     "features_file": ["maps.safetensors", 3, ""],
     "statistics_bits": [4, 32, "8"],
     "dense_threshold": [-1, 0.5],
