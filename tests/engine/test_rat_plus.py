@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,23 @@ def test_preemption(rat_plus: Path, plain: Llama, prompt: Prompt) -> None:
 def test_torch_compile(rat_plus: Path, plain: Llama, prompt: Prompt) -> None:
     with engine("CPU_ATTN", model=str(rat_plus), enforce_eager=False) as llm:
         assert_plain(llm.generate([prompt(300, 1), prompt(700, 2)], greedy(20), use_tqdm=False), plain)
+
+
+def test_gpu_path_interpreted(rat_plus: Path) -> None:
+    """What runs on a GPU, by Triton's interpreter, under vLLM's real metadata; in a process of its own.
+
+    Chunked prefills beside decodes, a prompt of one token, and a prefix hit.
+    """
+    pytest.importorskip("triton")
+    script = Path(__file__).parent / "rat_plus_interpreted.py"
+    done = subprocess.run(
+        [sys.executable, script, rat_plus],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def test_tensor_parallel(
