@@ -43,8 +43,9 @@ class Corpus:
     """Tokenized source files end to end, and where their lines begin."""
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, leave_out: Collection[str] = ()) -> None:
-        """``leave_out``: names of folders that are not read, wherever they are."""
-        files = [path for path in sorted(folder.rglob("*.py")) if not {*path.parts} & {*leave_out}]
+        """``leave_out``: names of folders below ``folder`` that are not read, at any depth."""
+        left_out = {*leave_out}
+        files = [p for p in sorted(folder.rglob("*.py")) if not left_out & {*p.relative_to(folder).parts}]
         encoded = []
         for start in track(range(0, len(files), 100), "reading"):
             texts = [path.read_text(errors="ignore") + "\n" for path in files[start : start + 100]]

@@ -101,3 +101,15 @@ def test_a_few_steps_learn_and_the_result_loads(script: ModuleType, tmp_path: Pa
 def test_too_little_source_is_refused(script: ModuleType, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="0 Python files"):
         script.Corpus(tokenizer, tmp_path)
+
+
+def test_folders_are_left_out(script: ModuleType, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for folder, name in (("kept", "first"), ("a/left", "second"), ("left/b", "third")):
+        place = tmp_path / "left" / folder  # a name above the folder that is read does not matter
+        place.mkdir(parents=True)
+        (place / "module.py").write_text(f"{name} = 1\n" * 1200)
+    corpus = script.Corpus(tokenizer, tmp_path / "left", ["left"])
+    text = tokenizer.decode(corpus.tokens.tolist())
+    assert "first" in text
+    assert "second" not in text
+    assert "third" not in text
