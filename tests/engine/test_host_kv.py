@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_rc_backend.config import OptionError
 from vllm_rc_backend.observability import meter
 from vllm_rc_backend.observability.meter import Counts
 
@@ -131,3 +133,15 @@ def test_layers_that_stay_dense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception) as error, host_engine(HOST, **settings):  # noqa: PT011
         pass
     assert "needs every layer to decode sparsely; 2 do not (sliding windows" in _chain(error.value)
+
+
+def test_gpus_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_rc_backend import layer
+
+    config = SimpleNamespace(
+        additional_config={"rc_topk": HOST}, device_config=SimpleNamespace(device_type="cuda")
+    )
+    monkeypatch.setattr(layer, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(layer.compat, "check_engine", lambda config: None)
+    with pytest.raises(OptionError, match="kv_residency: got 'host'; allowed: gpu on GPUs"):
+        layer.SparseLayer(layer.LayerShape(8, 2, 64, "auto"), None, None)
