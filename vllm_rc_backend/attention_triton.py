@@ -7,6 +7,7 @@ with more than one new token, ``TritonAttention.decode`` for all others, sparse 
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,10 @@ class Tuning:
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
 
 
+JOINT_SHARED_BYTES = 76 * 1024
+"""Shared memory that a program of both phases takes at most with the policy runs (a test compiles it to see)."""
+
+
 class Workspace:
     """Buffers that hold nothing between layers: allocate once and share among all layers of the same shape.
 
@@ -136,8 +141,17 @@ class Workspace:
         self.max_rows = max_rows
         geometry, heads = shape.geometry, shape.heads
         cuda = torch.device(device).type == "cuda"
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
-        self.room = self.processors * tuning.joint_programs
+        properties = torch.cuda.get_device_properties(device) if cuda else None
+        self.processors = properties.multi_processor_count if properties else 132
+        shared = (
+            properties.shared_memory_per_multiprocessor
+            if properties
+            else JOINT_SHARED_BYTES * tuning.joint_programs
+        )
+        # Programs that wait for each other must all be running: on all of the GPU, and with room for as many.
+        alone = not os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+        fits = alone and shared >= JOINT_SHARED_BYTES * tuning.joint_programs and shape.query_map == "runs"
+        self.room = self.processors * tuning.joint_programs if fits else 0
         self.overlap = tuning.overlap and cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         if shape.query_map == "runs":
             page_bytes = shape.vectors * shape.block_q
@@ -193,8 +207,8 @@ class Workspace:
         return min(65536 // (self.tuning.joint_programs * 32 * self.tuning.joint_warps) // 8 * 8, 255)
 
     def joint(self, rows: int) -> bool:
-        """Whether both phases of a decode are one launch: all its programs must run at the same time, two at least for
-        each (row, head). Triton's interpreter runs one after the other."""
+        """Whether both phases of a decode are one launch: there must be room for all its programs at the same time, two
+        at least for each (row, head). Triton's interpreter runs one after the other."""
         return not INTERPRETED.value and 2 * rows * self.shape.heads <= self.room
 
     def score_tile(self, joint: bool) -> int:

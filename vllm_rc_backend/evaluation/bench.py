@@ -332,7 +332,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
     found = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["rc-topk", "bench", *sys.argv[2:]]),
+        "command": shlex.join(["rc-topk", "bench", *_without_paths(sys.argv[2:])]),
         "gpu": torch.cuda.get_device_name(device),
         "vllm_rc_backend": __version__,
         "torch": torch.__version__,
@@ -425,6 +425,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/results/decode.png"))
+
+
+def _without_paths(arguments: list[str]) -> list[str]:
+    """The options that a result depends on: all but where it is written to."""
+    paths = [i for i, argument in enumerate(arguments) if argument in ("--output", "--plot")]
+    return [argument for i, argument in enumerate(arguments) if not {i, i - 1} & set(paths)]
 
 
 def _names() -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_rc_backend.attention_triton import JOINT_SHARED_BYTES, Tuning
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
@@ -51,3 +53,8 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         assert variant["registers"] * variant["threads"] * 2 <= 65536, (
             f"{variant} leaves no room for a second"
         )
+        if variant["scores"] and variant["attends"] and variant["runs"]:
+            # Programs that wait for each other must fit into a multiprocessor at the same time.
+            programs = Tuning.joint_programs
+            assert variant["registers"] * variant["threads"] * programs <= 65536, variant
+            assert variant["shared_bytes"] <= JOINT_SHARED_BYTES - 1024, variant  # 1 KiB is the driver's

@@ -40,12 +40,14 @@ VARIANTS = {
     "16-bit statistics": Case(**DEFAULT),
     "default": Case(**DEFAULT, **RUNS, completion="paged"),
     "linear": Case(**DEFAULT, **RUNS),
+    "runs, fp8 cache": Case(**DEFAULT, **RUNS, completion="paged", kv_dtype=torch.float8_e4m3fn),
+    "runs, head size 256, 16 query heads, a share": Case(
+        **{**DEFAULT, "head_size": 256, "budget": 1 / 32}, **RUNS, completion="paged", group=16
+    ),
     "page cache": Case(**DEFAULT, **RUNS, completion="paged", cache_slots=64),
     "short contexts, head size 64": Case(
         **{**DEFAULT, "max_model_len": 32768, "head_size": 64}, **RUNS, completion="paged"
     ),
-    "short contexts": Case(**{**DEFAULT, "max_model_len": 32768}, statistics_bits=8),
-    "share": Case(**{**DEFAULT, "budget": 1 / 32}, statistics_bits=8),
     "fp8 cache": Case(**DEFAULT, kv_dtype=torch.float8_e4m3fn, statistics_bits=8),
     "fp16, mean_var, head size 64": Case(
         **{**DEFAULT, "head_size": 64}, dtype=torch.float16, selection="mean_var", statistics_bits=8
@@ -91,9 +93,10 @@ def launches(case: Case) -> Iterator[Launch]:
     plan = planner.plan(table.view(1, -1), lengths, starts)
     attention.update_prefill(kv_cache, table.view(1, -1), lengths, starts, 64)
     step = (query, kv_cache, table.view(1, -1), lengths, plan, query)
-    attention.decode(*step)  # both phases in one launch
-    attention.launch(*step, attends=False)
-    attention.launch(*step, scores=False)
+    attention.decode(*step)
+    if work.joint(1) and case.cache_slots is None:  # both phases were one launch: each alone, too
+        attention.launch(*step, attends=False)
+        attention.launch(*step, scores=False)
     if case.cache_slots is not None:
         sizes = case.heads, case.cache_slots, case.head_size, kv_cache.dtype
         pages = DevicePages(shape.geometry, 32, 4, *sizes, "cpu", 1, case.max_model_len)
@@ -149,6 +152,7 @@ def resources(launch: Launch) -> dict[str, int | str]:
         "kernel": kernel.__name__,
         "scores": bool(options.get("SCORES")),
         "attends": bool(options.get("ATTENDS")),
+        "runs": kernel.__name__ == "decode_kernel" and options["S"].query_map == "runs",
         "registers": int(found["REG"]),
         "local_bytes": int(found["LOCAL"]),
         "stack_bytes": int(found["STACK"]),
