@@ -34,10 +34,12 @@ COUNTERS = (
     "tokens_read",
     "pages_scored",
     "residual_share_millionths",
+    "summaries_built",
 )
 """What the kernels add to ``Workspace.counters``, once per decode row and layer: rows by kind (of the sparse ones, how
 many had no summary), tokens in their contexts, tokens whose K and V one KV head read exactly, pages whose statistics it
-read, and the residual's share of the softmax mass (of KV head 0, in millionths)."""
+read, the residual's share of the softmax mass (of KV head 0, in millionths), and summaries that were summed up from all
+pages of a mid region instead of advanced."""
 
 GROUP_RULES = ("max", "mean")
 COMPLETIONS = ("linear", "paged", "none")
@@ -394,6 +396,7 @@ class TritonAttention:
             self.workspace.rotation,
             store.states,
             *((None,) * 4 if plan is None else (plan.slot, plan.source, plan.first, plan.last)),
+            self.workspace.counters,
             self.key_scale,
             self.value_scale,
             *kv.stride()[:3],

@@ -62,6 +62,11 @@ class SummaryPlan:
     first: Tensor
     last: Tensor
 
+    @property
+    def built(self) -> Tensor:
+        """bool ``[rows]``: rows whose summary is summed up from all pages of the mid region."""
+        return (self.slot >= 0) & (self.source < 0) & (self.first < self.last)
+
 
 def plan_summaries(
     tags: SummaryTags,

@@ -22,6 +22,7 @@ def update_kernel(
     plan_source,
     plan_first,
     plan_last,
+    counters,
     key_scale,
     value_scale,
     stride_block,
@@ -50,6 +51,8 @@ def update_kernel(
         last = tl.load(plan_last + row)
         if (slot >= 0) & (first < last):
             source = tl.load(plan_source + row)
+            if (source < 0) & (part == 1) & (head == 0):
+                tl.atomic_add(counters + 7, 1, sem="relaxed")
             size = S.heads * 2 * S.state_rows * S.head_size
             states += head * (2 * S.state_rows * S.head_size)
             absorb_columns(

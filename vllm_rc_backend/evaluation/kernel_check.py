@@ -211,6 +211,7 @@ class Runner:
             plan = self.planner.plan(self.block_table, lengths, starts)
         self.attention.update(self.kv_cache, self.block_table, lengths, plan)
         self._finish(seq_lens, [min(n, 1) for n in seq_lens])
+        self._count_built()
 
     def new_query(self, rows: int) -> Tensor:
         """A random query, loud enough that softmax is not flat."""
@@ -225,6 +226,7 @@ class Runner:
         """
         case, geometry, counts = self.case, self.case.geometry, self.expected_counts
         self._finish(seq_lens, [min(n, 1) for n in seq_lens])
+        self._count_built()
         self._compare_statistics()
         errors = [0.0]
         for row, seq_len in enumerate(seq_lens):
@@ -259,6 +261,11 @@ class Runner:
         assert 0 <= counted.pop("residual_share_millionths") <= 1_000_000 * counted["sparse_rows"]
         expected = {name: value for name, value in self.expected_counts.items() if name in counted}
         assert counted == expected, f"counters {counted}, expected {expected}"
+
+    def _count_built(self) -> None:
+        """Expect those summaries of the current step's plan to be counted that start from nothing."""
+        if self.planner is not None:
+            self.expected_counts["summaries_built"] += int(self.planner.current.built.sum())
 
     def _finish(self, seq_lens: list[int], query_lens: list[int]) -> None:
         twin, policy = self.twin, self.twin.layout.policy

@@ -57,6 +57,7 @@ class DeviceMeter:
             sparse_rows=round(per_layer["sparse_rows"]),
             dense_rows=round(per_layer["dense_rows"]),
             missing_summaries=round(per_layer["rows_without_summary"]) if self.layout.slots else 0,
+            summaries_built=round(per_layer["summaries_built"]),
             tokens_held=round(per_layer["tokens_held"]),
             tokens_read=round(per_layer["tokens_read"]),
             statistics_equivalents=per_layer["pages_scored"] * page,

@@ -28,6 +28,7 @@ class Counts:
     sparse_rows: int = 0
     dense_rows: int = 0
     missing_summaries: int = 0
+    summaries_built: int = 0
     tokens_held: int = 0
     tokens_read: int = 0
     statistics_equivalents: float = 0.0
@@ -101,8 +102,9 @@ class Meter:
             counts.summary_equivalents += read["summary"]
             counts.sparse_rows += row in chosen
             counts.dense_rows += row not in chosen
-            if row in chosen and batch.plan is not None and int(batch.plan.slot[row]) < 0:
-                counts.missing_summaries += 1
+            if row in chosen and batch.plan is not None:
+                counts.missing_summaries += int(batch.plan.slot[row]) < 0
+                counts.summaries_built += bool(batch.plan.built[row])
         self.log()
 
     def residual(self, share: float) -> None:

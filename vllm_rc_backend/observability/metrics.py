@@ -61,6 +61,11 @@ METRICS = (
         "missing_summaries",
     ),
     Metric(
+        "vllm_rc_topk_summaries_built",
+        "Summaries summed up from all pages: at a sequence's first sparse decode, or after its slot was taken.",
+        "summaries_built",
+    ),
+    Metric(
         "vllm_rc_topk_tokens_held",
         "Tokens in the contexts of decoded tokens: what dense attention reads per KV head and layer.",
         "tokens_held",
