@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -118,8 +119,17 @@ class Tuning:
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
 
 
+MPS_VARIABLES = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+MPS_FOLDER = "/tmp/nvidia-mps"
+"""Where the service listens unless a variable says otherwise."""
+
 JOINT_SHARED_BYTES = 76 * 1024
 """Shared memory that a program of both phases takes at most with the policy runs (a test compiles it to see)."""
+
+
+def shares_gpu() -> bool:
+    """Whether CUDA's multi-process service may run other processes' kernels beside ours, or ours on a part of it."""
+    return any(name in os.environ for name in MPS_VARIABLES) or Path(MPS_FOLDER).exists()
 
 
 class Workspace:
@@ -150,9 +160,9 @@ class Workspace:
             if properties
             else JOINT_SHARED_BYTES * tuning.joint_programs
         )
-        # Programs that wait for each other must all be running: on all of the GPU, and with room for as many.
-        alone = not os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
-        fits = alone and shared >= JOINT_SHARED_BYTES * tuning.joint_programs and shape.query_map == "runs"
+        fits = shared >= JOINT_SHARED_BYTES * tuning.joint_programs and shape.query_map == "runs"
+        # Programs that wait for each other must all be running, so nobody else may keep a part of the GPU.
+        fits = fits and not shares_gpu()
         self.room = self.processors * tuning.joint_programs if fits else 0
         self.overlap = tuning.overlap and cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         if shape.query_map == "runs":
