@@ -1,0 +1,53 @@
+"""How a decode step is launched: programs that wait for each other must all find room."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, make_shape
+from vllm_rc_backend.evaluation.kernel_check import Case
+
+RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2, "completion": "paged"}
+
+
+def workspace(**case: Any) -> Workspace:
+    """Of a layer, for as many rows as ``most``."""
+    most = case.pop("most", 8)
+    made = Case(**case)
+    shape = make_shape(made.layout, made.group, made.group_rule)
+    return Workspace(shape, most, made.max_model_len, "cpu", made.statistics_bits)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5, 8, 40])
+@pytest.mark.parametrize("max_model_len", [64, 4096, 131072])
+def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len: int) -> None:
+    work = workspace(**RUNS, heads=heads, max_model_len=max_model_len, most=1)
+    joint = [rows for rows in range(1, 513) if work.joint(rows)]
+    assert joint == list(range(1, len(joint) + 1))
+    assert len(joint) < 512
+    for rows in joint:
+        for programs in (work.scorers(rows), work.attenders(rows)):
+            assert 1 <= programs * rows * heads <= work.room
+        assert work.room // (rows * heads) >= 2
+
+
+def test_two_launches_for_other_policies_and_shared_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workspace(**RUNS).joint(1)
+    assert not workspace(statistics_bits=8).joint(1)
+    for name in MPS_VARIABLES:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "50")
+            assert not workspace(**RUNS).joint(1)
+
+
+def test_the_buffers_hold_the_partial_results_of_any_batch() -> None:
+    work = workspace(**RUNS, heads=8, most=48, max_model_len=8192)
+    for rows in range(1, 49):
+        assert rows * 8 * (work.attenders(rows) + 1) <= len(work.partial_out) == len(work.partial_stats)
+        assert rows * 8 * work.scorers(rows) <= len(work.masses)
