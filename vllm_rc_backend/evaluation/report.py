@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def matched_reads(rows: list[Row]) -> list[Row]:
 
 
 def _tokens_for(curve: list[tuple[float, float]], kl: float) -> float | None:
-    for (tokens, high), (more_tokens, low) in pairwise(curve):
+    for (tokens, high), (more_tokens, low) in itertools.pairwise(curve):
         if low <= kl <= high:
             step = math.log(high / kl) / math.log(high / low)
             return math.exp(math.log(tokens) + step * math.log(more_tokens / tokens))
@@ -137,42 +137,50 @@ def diagnosis_tables(entry: dict[str, Any]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """KL on held-out text, and mean score of the other tasks, against token-equivalents; a column per context."""
+    """KL on held-out text, and mean score of the other tasks, against token-equivalents; a column per context.
+
+    The mean is over the tasks that a setting was measured on.
+    """
     contexts = _distinct(rows, "context")
+    labels = list(dict.fromkeys(_label(r) for r in rows))
+    colors = dict(zip(labels, itertools.cycle(mpl.colormaps["tab20"](range(20))), strict=False))
     figure, axes = pyplot.subplots(
-        2, len(contexts), figsize=(6 * len(contexts), 8), squeeze=False, layout="constrained"
+        2, len(contexts), figsize=(6 * len(contexts), 9), squeeze=False, layout="constrained"
     )
     for column, context in enumerate(contexts):
         here = [r for r in rows if r["context"] == context]
         top, bottom = axes[0][column], axes[1][column]
-        for selection in _distinct(here, "selection"):
-            for completion in _distinct(here, "completion"):
-                line = [r for r in here if (r["selection"], r["completion"]) == (selection, completion)]
-                _draw(top, bottom, line, f"{selection}, {completion}")
+        for label in labels:
+            _draw(top, bottom, [r for r in here if _label(r) == label], label, colors[label])
         top.set(
             title=f"{context} tokens", xscale="log", yscale="log", ylabel="KL(dense || sparse), held-out text"
         )
         bottom.set(
             xscale="log", xlabel="token-equivalents read per query", ylabel="mean exact match of the tasks"
         )
-        top.legend(fontsize=7)
+    drawn = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    figure.legend(drawn.values(), drawn.keys(), fontsize=7, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _draw(top: Any, bottom: Any, rows: list[Row], label: str) -> None:
+def _label(row: Row) -> str:
+    return DENSE if row["selection"] == DENSE else f"{row['selection']}, {row['completion']}"
+
+
+def _draw(top: Any, bottom: Any, rows: list[Row], label: str, color: Any) -> None:
     text = sorted((r["token_equivalents"], r["kl"], *r["kl_interval"]) for r in rows if r["task"] == HELD_OUT)
-    if text and rows[0]["selection"] != DENSE:
+    if text and label != DENSE:
         x, y, low, high = zip(*text, strict=True)
-        line = top.plot(x, y, marker="o", label=label)[0]
-        top.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+        top.plot(x, y, marker="o", label=label, color=color)
+        top.fill_between(x, low, high, alpha=0.15, color=color)
     scores: dict[float, list[float]] = {}
     for r in rows:
         if r["task"] != HELD_OUT:
             scores.setdefault(r["token_equivalents"], []).append(r["score"])
     if scores:
         x, y = zip(*sorted((k, sum(v) / len(v)) for k, v in scores.items()), strict=True)
-        bottom.plot(x, y, marker="o", label=label)
+        bottom.plot(x, y, marker="o", label=label, color=color)
 
 
 def _distinct(rows: Iterable[Row], key: str) -> list[Any]:
