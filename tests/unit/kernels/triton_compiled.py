@@ -37,9 +37,7 @@ DEFAULT = {
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
 VARIANTS = {
     "box": Case(**DEFAULT, statistics_bits=8),
-    "16-bit statistics": Case(**DEFAULT),
     "default": Case(**DEFAULT, **RUNS, completion="paged"),
-    "linear": Case(**DEFAULT, **RUNS),
     "runs, fp8 cache": Case(**DEFAULT, **RUNS, completion="paged", kv_dtype=torch.float8_e4m3fn),
     "runs, head size 256, 16 query heads, a share": Case(
         **{**DEFAULT, "head_size": 256, "budget": 1 / 32}, **RUNS, completion="paged", group=16
