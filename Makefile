@@ -30,7 +30,7 @@ test: venv ## everything that runs without a GPU or a network: lint, types, docs
 	@$(MAKE) --no-print-directory test-deploy
 	@$(MAKE) --no-print-directory test-engine
 
-test-unit: venv ## the method without vLLM (about a minute)
+test-unit: venv ## the method without vLLM, and the GPU kernels interpreted and compiled (about five minutes)
 	$(PYTEST) tests/unit
 
 test-deploy: venv ## deploy/ against schemas, linters and parsers; the wheel in a fresh environment (a minute)
