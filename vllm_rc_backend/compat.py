@@ -132,6 +132,11 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
+def uses_rc_topk(vllm_config: Any) -> bool:
+    """Whether this engine was started with our backend."""
+    return getattr(vllm_config.attention_config.backend, "name", None) == "RC_TOPK"
+
+
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
     """The layers of this rank that own a KV cache or a recurrent state, by name."""
     context = vllm_config.compilation_config.static_forward_context

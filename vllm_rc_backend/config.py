@@ -130,6 +130,11 @@ class RCTopKConfig:
         "GiB of device memory for copies of KV pages on each rank; 0 for none, so that every page is read from the "
         "host. By default an eighth of host_kv_gib.",
     )
+    log_requests: bool = _option(
+        False,
+        "true or false",
+        "Whether the API server logs for each finished request what its decode steps read.",
+    )
     log_interval: float = _option(
         10.0,
         "seconds, 0 for never",
@@ -203,6 +208,8 @@ class RCTopKConfig:
             raise OptionError("dense_layers", layers, self._allowed("dense_layers"))
         object.__setattr__(self, "dense_layers", tuple(layers))
         self._check_residency()
+        if not isinstance(self.log_requests, bool):
+            raise OptionError("log_requests", self.log_requests, self._allowed("log_requests"))
         if not isinstance(self.log_interval, int | float) or not 0 <= self.log_interval < math.inf:
             raise OptionError("log_interval", self.log_interval, self._allowed("log_interval"))
         if 1 <= self.budget < self.smallest_budget:

@@ -20,7 +20,8 @@ BUDGET = 192
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server") / "log", {"budget": BUDGET, "log_interval": 1}) as running:
+    options = {"budget": BUDGET, "log_interval": 1, "log_requests": True}
+    with serving(tmp_path_factory.mktemp("server") / "log", options) as running:
         yield running
 
 
@@ -101,7 +102,15 @@ def test_metrics_and_log(server: Server, prompt: Prompt) -> None:
     # The first token comes from prefill, each of the others from a decode over everything so far.
     assert held == sum(length + i for i in range(1, steps))
     assert 0 < read <= BUDGET * (steps - 1)
-    assert re.search(r"rc_topk: read \d+ of \d+ tokens", server.log.read_text())
+    log = server.log.read_text()
+    assert re.search(r"rc_topk: read \d+ of \d+ tokens", log)
+    # The line of the request says of its lengths what the worker counted.
+    line = rf"rc_topk: cmpl-\S+: {length} prompt and {steps} generated tokens; {steps - 1} of {steps - 1} decode steps"
+    found = re.search(line + r" sparse, read ([0-9.]+) % of the tokens, ([0-9.]+) % of the bytes", log)
+    assert found, log[-3000:]
+    tokens, everything = map(float, found.groups())
+    assert tokens == pytest.approx(100 * read / held, abs=0.06)
+    assert tokens < everything < 100
 
 
 def test_restart_and_bad_options(tmp_path: Path, prompt: Prompt) -> None:

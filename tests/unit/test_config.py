@@ -27,6 +27,7 @@ REFUSED = {
     "kv_residency": ["disk", None],
     "host_kv_gib": [0, -1, "64", True, float("inf"), 64],
     "page_cache_gib": [-1, "4", True, float("nan"), 4],
+    "log_requests": [1, "yes", None],
     "log_interval": [-1, float("inf"), "10", None],
 }
 
@@ -58,6 +59,7 @@ def test_every_option_has_refusals_tested() -> None:
         {"selection": "mean_var", "selection_weight": 1},
         {"selection": "oracle", "group_rule": "softmax", "completion": "none"},
         {"dense_layers": [0, 1], "dense_threshold": 4096, "statistics_bits": 8, "summary_slots": 3},
+        {"log_requests": True},
         {"log_interval": 0},
         {"kv_residency": "host", "host_kv_gib": 0.5},
         {"kv_residency": "host", "host_kv_gib": 64, "page_cache_gib": 0},
