@@ -102,6 +102,12 @@ ROWS = {
             [Query("without a summary", share(["missing_summaries"], ["sparse_rows"]))],
         ),
         Panel(
+            "Summaries built",
+            "Summed up from all pages: once for a sequence, again if its slot was taken. Many: raise summary_slots.",
+            "short",
+            [Query("built", rate(f"{OURS}_summaries_built"))],
+        ),
+        Panel(
             "Pages found on the device",
             "With kv_residency=host: share of the pages read that needed no trip to host memory.",
             "percentunit",

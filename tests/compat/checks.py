@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -429,6 +430,30 @@ def check_the_models_are_known_and_keep_their_state_as_vllm_expects() -> None:
     arguments = [argument.name for argument in torch.ops.vllm.short_conv.default._schema.arguments]
     assert arguments == ["hidden_states", "output", "layer_name"]
     assert "vllm::short_conv" in CompilationConfig._attention_ops
+
+
+def check_requests_are_logged() -> None:
+    from types import SimpleNamespace
+
+    from vllm.v1.metrics import stats
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    from vllm_rc_backend.compat import uses_rc_topk
+    from vllm_rc_backend.request_log import RequestLog
+
+    names = {"request_id", "num_prompt_tokens", "num_generation_tokens"}
+    assert names <= {f.name for f in dataclasses.fields(stats.FinishedRequestStats)}
+    assert issubclass(RequestLog, StatLoggerBase)
+    config = copy.copy(engine_config())
+    assert uses_rc_topk(config)
+    assert RequestLog(config).layout is None
+    config.additional_config = {"rc_topk": {"budget": 256, "log_requests": True}}
+    log = RequestLog(config)
+    assert log.layout is not None
+    assert log.layout.head_size == config.model_config.get_head_size()
+    request = SimpleNamespace(request_id="a", num_prompt_tokens=1000, num_generation_tokens=5)
+    log.record(None, SimpleNamespace(finished_requests=[request]), None, 0)
+    log.log_engine_initialized()
 
 
 CHECKS = {
