@@ -325,4 +325,6 @@ class RCTopKConfig:
 
 def _default(option: Field[Any]) -> str:
     assert option.default is not MISSING
+    if isinstance(option.default, bool):
+        return str(option.default).lower()
     return {None: "null", (): "[]"}.get(option.default, str(option.default))

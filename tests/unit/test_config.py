@@ -143,7 +143,7 @@ def test_table_documents_every_option_with_its_default() -> None:
     assert [row[0] for row in rows] == list(RCTopKConfig.names())
     for name, default, allowed, documentation in rows:
         assert RCTopKConfig.from_mapping(
-            {name: json.loads(default) if default[0] in "n[0123456789" else default}
+            {name: json.loads(default) if default[0] in "ntf[0123456789" else default}
         )
         assert allowed
         assert documentation.endswith(".")
