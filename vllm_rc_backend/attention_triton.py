@@ -155,12 +155,9 @@ class Workspace:
         cuda = torch.device(device).type == "cuda"
         properties = torch.cuda.get_device_properties(device) if cuda else None
         self.processors = properties.multi_processor_count if properties else 132
-        shared = (
-            properties.shared_memory_per_multiprocessor
-            if properties
-            else JOINT_SHARED_BYTES * tuning.joint_programs
-        )
-        fits = shared >= JOINT_SHARED_BYTES * tuning.joint_programs and shape.query_map == "runs"
+        needed = JOINT_SHARED_BYTES * tuning.joint_programs
+        shared = properties.shared_memory_per_multiprocessor if properties else needed
+        fits = shared >= needed and shape.query_map == "runs"
         # Programs that wait for each other must all be running, so nobody else may keep a part of the GPU.
         fits = fits and not shares_gpu()
         self.room = self.processors * tuning.joint_programs if fits else 0

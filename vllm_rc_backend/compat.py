@@ -9,6 +9,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from vllm_rc_backend.plugin import NAME
+
 SUPPORTED = SpecifierSet(">=0.26.0,<0.34", prereleases=True)
 """vLLM versions this plugin runs on. 0.26.0: the first whose FlashAttention reads the packed [block, head, token,
 2 * head_size] cache our kernels share. 0.33: the newest that the tests have run against."""
@@ -134,7 +136,7 @@ def check_engine(vllm_config: Any) -> None:
 
 def uses_rc_topk(vllm_config: Any) -> bool:
     """Whether this engine was started with our backend."""
-    return getattr(vllm_config.attention_config.backend, "name", None) == "RC_TOPK"
+    return getattr(vllm_config.attention_config.backend, "name", None) == NAME
 
 
 def attention_layers(vllm_config: Any) -> dict[str, Any]:

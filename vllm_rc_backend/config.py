@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from vllm_rc_backend.completion import KINDS, LEARNED
+from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.selection import POLICIES
 
 KEY = "rc_topk"
@@ -259,6 +260,17 @@ class RCTopKConfig:
     def stored_bits(self) -> int:
         """Bits per element of the page statistics."""
         return self.statistics_bits or POLICIES[self.selection].statistics_bits[0]
+
+    def geometry(self, block_size: int | None = None) -> Geometry:
+        """The regions of a sequence; without a block size, a page is a block."""
+        return Geometry(
+            page_size=self.page_size,
+            block_size=block_size or self.page_size,
+            sink_tokens=self.sink_tokens,
+            tail_tokens=self.tail_tokens,
+            budget=self.budget,
+            dense_threshold=self.dense_threshold,
+        )
 
     @property
     def smallest_budget(self) -> int:

@@ -19,7 +19,6 @@ from vllm_rc_backend import compat
 from vllm_rc_backend.completion.feature_file import layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
 from vllm_rc_backend.host_kv.memory import GIB, check, free_bytes
-from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import StoreLayout
 
@@ -97,14 +96,7 @@ def layer_layout(config: RCTopKConfig, facts: ModelFacts, kv_bytes: int, tensor_
         kv_bytes=kv_bytes,
         slots=0,
         statistics_bits=config.stored_bits,
-        geometry=Geometry(
-            config.page_size,
-            config.page_size,
-            config.sink_tokens,
-            config.tail_tokens,
-            config.budget,
-            config.dense_threshold,
-        ),
+        geometry=config.geometry(),
         policy=make_policy(config.selection, config.selection_weight),
         completion=layer_completion(
             config.estimator, config.features_file, facts.config, layer=0, rank=0, ranks=tensor_parallel

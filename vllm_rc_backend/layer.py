@@ -19,9 +19,9 @@ from vllm_rc_backend.completion import Completion
 from vllm_rc_backend.completion.feature_file import FeatureFileError, layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
 from vllm_rc_backend.host_kv import memory
-from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import SummaryTags
 from vllm_rc_backend.observability import meter, metrics
+from vllm_rc_backend.plugin import NAME
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
@@ -36,7 +36,7 @@ class BackendFace:
 
     @staticmethod
     def get_name() -> str:
-        return "RC_TOPK"
+        return NAME
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -197,14 +197,7 @@ class SparseLayer:
             kv_bytes=kv_bytes,
             slots=slots,
             statistics_bits=config.stored_bits,
-            geometry=Geometry(
-                page_size=config.page_size,
-                block_size=block_size,
-                sink_tokens=config.sink_tokens,
-                tail_tokens=config.tail_tokens,
-                budget=config.budget,
-                dense_threshold=config.dense_threshold,
-            ),
+            geometry=config.geometry(block_size),
             policy=make_policy(config.selection, config.selection_weight),
             completion=self._completion(),
         )

@@ -14,7 +14,6 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm_rc_backend import compat
 from vllm_rc_backend.completion.feature_file import layer_completion
 from vllm_rc_backend.config import RCTopKConfig
-from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import StoreLayout
 
@@ -49,17 +48,14 @@ class RequestLog(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed
 def layout(config: RCTopKConfig, vllm_config: Any) -> StoreLayout:
     """What a sparse layer of this model reads, pages as blocks."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    size, ranks = config.page_size, parallel.tensor_parallel_size
-    facts = model.hf_text_config.to_dict()
+    facts, ranks = model.hf_text_config.to_dict(), parallel.tensor_parallel_size
     return StoreLayout(
         heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
         kv_bytes=1 if vllm_config.cache_config.cache_dtype.startswith("fp8") else model.dtype.itemsize,
         slots=0,
         statistics_bits=config.stored_bits,
-        geometry=Geometry(
-            size, size, config.sink_tokens, config.tail_tokens, config.budget, config.dense_threshold
-        ),
+        geometry=config.geometry(),
         policy=make_policy(config.selection, config.selection_weight),
         completion=layer_completion(config.estimator, config.features_file, facts, 0, 0, ranks),
     )

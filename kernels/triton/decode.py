@@ -18,7 +18,13 @@ import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
 from vllm_rc_backend.kernels.triton.linear import LOG2_E, residual, tilt
-from vllm_rc_backend.kernels.triton.mass import page_scores, retrieved_mass, total_mass, unread_log_mass
+from vllm_rc_backend.kernels.triton.mass import (
+    finite,
+    page_scores,
+    retrieved_mass,
+    total_mass,
+    unread_log_mass,
+)
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
@@ -28,12 +34,6 @@ from vllm_rc_backend.kernels.triton.score import score_pages
 
 PARTIAL_STATS = tl.constexpr(5)
 """Rows of numbers beside a partial result: maximum, sum, sum of scores; of ``retrieved_mass`` maximum and sum."""
-
-
-@triton.jit
-def _finite(maximum):
-    """A maximum to subtract: of nothing, zero."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -117,8 +117,8 @@ def _attend(
             scores = tl.where(ones[:, None], tl.where(retrieved, 0.0, float("-inf"))[None, :], scores)
         scores = tl.where(real[None, :], scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1))
-        weights = tl.exp2(scores - _finite(new_m)[:, None])
-        decay = tl.exp2(m - _finite(new_m))
+        weights = tl.exp2(scores - finite(new_m)[:, None])
+        decay = tl.exp2(m - finite(new_m))
         total = total * decay + tl.sum(weights, 1)
         out = dot(weights.to(q.dtype), values.to(q.dtype), out * decay[:, None])
         m = new_m
@@ -517,7 +517,7 @@ def _merge(
                 cache_modifier=".cg",
             )
             new_m = tl.maximum(m, m_part)
-            decay, weight = tl.exp2(m - _finite(new_m)), tl.exp2(m_part - _finite(new_m))
+            decay, weight = tl.exp2(m - finite(new_m)), tl.exp2(m_part - finite(new_m))
             total = total * decay + total_part * weight
             o = o * decay[:, None] + o_part * weight[:, None]
             m = new_m
@@ -525,14 +525,14 @@ def _merge(
                 m_part = tl.load(at + 3 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
                 mass_part = tl.load(at + 4 * R, mask=there, other=0.0, cache_modifier=".cg")
                 new_m = tl.maximum(mass_m, m_part)
-                mass = mass * tl.exp2(mass_m - _finite(new_m)) + mass_part * tl.exp2(m_part - _finite(new_m))
+                mass = mass * tl.exp2(mass_m - finite(new_m)) + mass_part * tl.exp2(m_part - finite(new_m))
                 mass_m = new_m
     if S.completion != "none":
         if slot >= 0:
             log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
             if S.completion == "paged":
                 log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
-            M_all = _finite(tl.maximum(m, log_mass))
+            M_all = finite(tl.maximum(m, log_mass))
             D_U = tl.exp2(log_mass - M_all)
             shrink = tl.exp2(m - M_all)
             total = total * shrink + D_U

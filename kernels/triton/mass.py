@@ -40,12 +40,12 @@ def retrieved_mass(scores, chosen, head_scores, first, last, S: tl.constexpr):
     """Maximum and sum of the scores of the retrieved pages ``[first, last)``, without the factor page_size: float32
     ``[block_m]`` each. ``scores`` are those that ``page_scores`` gives first."""
     m = tl.max(scores, 1)
-    total = tl.sum(tl.exp2(scores - _finite(m)[:, None]), 1)
+    total = tl.sum(tl.exp2(scores - finite(m)[:, None]), 1)
     for start in range(first + PAGES, last, PAGES):
         scores = page_scores(chosen, head_scores, start, last, S)
         new_m = tl.maximum(m, tl.max(scores, 1))
-        weights = tl.exp2(scores - _finite(new_m)[:, None])
-        total = total * tl.exp2(m - _finite(new_m)) + tl.sum(weights, 1)
+        weights = tl.exp2(scores - finite(new_m)[:, None])
+        total = total * tl.exp2(m - finite(new_m)) + tl.sum(weights, 1)
         m = new_m
     return m, total
 
@@ -69,8 +69,8 @@ def total_mass(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr):
         part_m = tl.load(at, mask=real, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(at + N, mask=real, other=0.0, cache_modifier=".cg")
         new_m = tl.maximum(m, tl.max(part_m, 0))
-        total = total * tl.exp2(m - _finite(new_m))
-        total += tl.sum(part * tl.exp2(part_m - _finite(new_m)[None, :]), 0)
+        total = total * tl.exp2(m - finite(new_m))
+        total += tl.sum(part * tl.exp2(part_m - finite(new_m)[None, :]), 0)
         m = new_m
     return m, total
 
@@ -79,12 +79,12 @@ def total_mass(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr):
 def unread_log_mass(all_m, total, retrieved_m, retrieved, S: tl.constexpr):
     """The residual's log-mass ``[merge_rows]`` from ``total_mass`` and the sum of all ``retrieved_mass``."""
     g: tl.constexpr = S.geometry
-    rest = total - retrieved * tl.exp2(retrieved_m - _finite(all_m))
+    rest = total - retrieved * tl.exp2(retrieved_m - finite(all_m))
     rest = tl.maximum(rest, total * SMALLEST_SHARE)
     return all_m + tl.log2(tl.where(total > 0, rest, 1.0)) + tl.log2(tl.full([], g.page_size, tl.float32))
 
 
 @triton.jit
-def _finite(maximum):
+def finite(maximum):
     """A maximum to subtract: of nothing, zero."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -18,7 +18,6 @@ from vllm_rc_backend.evaluation.measure import Estimate, Result
 from vllm_rc_backend.evaluation.snapkv import SnapKV
 from vllm_rc_backend.evaluation.sparse import Setting
 from vllm_rc_backend.evaluation.tasks import HELD_OUT
-from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import StoreLayout
 
@@ -128,14 +127,7 @@ class Shapes:
         """One setting per layer."""
         selection = Selection.parse(case.selection)
         options = selection.options(budget=int(case.context * case.budget))
-        geometry = Geometry(
-            options.page_size,
-            options.page_size,
-            options.sink_tokens,
-            options.tail_tokens,
-            options.budget,
-            options.dense_threshold,
-        )
+        geometry = options.geometry()
         policy = SnapKV() if selection.name == SnapKV.name else make_policy(selection.name, selection.weight)
         return [
             Setting(geometry, policy, options.group_rule, completion, options.stored_bits)
