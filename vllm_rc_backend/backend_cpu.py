@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_rc_backend.attention import Batch, ReferenceAttention
 from vllm_rc_backend.cpu_layout import as_numbers, block_layout
+from vllm_rc_backend.host_kv.memory import GIB
 from vllm_rc_backend.kernels.reference import PageCache, PagedKV, SummaryTags, Traffic, plan_summaries
 from vllm_rc_backend.layer import (
     BackendFace,
@@ -30,6 +31,9 @@ from vllm_rc_backend.layer import (
     page_cache_slots,
 )
 from vllm_rc_backend.observability import meter
+
+CACHE_SHARE = 8
+"""The pool is so many times the page cache, if page_cache_gib is not given: here both are ordinary memory."""
 
 
 class RCTopKCPUBackend(BackendFace, CPUAttentionBackend):
@@ -77,6 +81,11 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             assert store is not None
             self.layout = store.layout
             self.tags = make_tags(store) if store.layout.slots else None
+            config = next(iter(self.layers.values())).config
+            if config.host_kv_gib is not None:
+                slots = page_cache_slots(
+                    vllm_config, self.layers, int(config.host_kv_gib * GIB / CACHE_SHARE)
+                )
         for layer in self.layers.values():
             if layer.config.kv_residency == "host":
                 assert layer.store is not None
@@ -84,7 +93,7 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 layer.pages = PageCache.empty(
                     layer.store.pages,
                     layer.shape.num_kv_heads,
-                    page_cache_slots(vllm_config, layer),
+                    slots,
                     self.layout.geometry.page_size,
                     layer.shape.head_size,
                     cache.dtype,

@@ -6,6 +6,7 @@ captured decode graph serves them all; which rows are sparse is decided on the d
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,6 +23,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_rc_backend import compat
 from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
+from vllm_rc_backend.backend_cuda_prefill import staged_prefill
+from vllm_rc_backend.host_kv.page_cache import DevicePages
+from vllm_rc_backend.host_kv.staging import Staging
 from vllm_rc_backend.kernels.reference import SummaryPlan
 from vllm_rc_backend.layer import (
     BackendFace,
@@ -30,9 +34,12 @@ from vllm_rc_backend.layer import (
     bind,
     kept_in_sleep,
     make_tags,
+    page_cache_slots,
     sparse_layers,
 )
 from vllm_rc_backend.observability.device import DeviceMeter
+
+logger = logging.getLogger("vllm.rc_topk")
 
 HEAD_SIZES = (64, 96, 128, 256)
 
@@ -65,6 +72,7 @@ class RCTopKCUDAMetadata:
         block_table, seq_lens, query_start_loc: of all rows.
         max_query_len: an upper bound of the new tokens of a row.
         plan: summaries of the decode rows; None without a completion.
+        longest_context: with the KV pages in host memory, an upper bound of the tokens that prefill rows had before.
     """
 
     num_actual_tokens: int
@@ -76,6 +84,7 @@ class RCTopKCUDAMetadata:
     query_start_loc: Tensor
     max_query_len: int
     plan: SummaryPlan | None
+    longest_context: int
 
 
 class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -98,6 +107,7 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.any_dense = len(layers) < len(layer_names)
         self.planner: SummaryPlanner | None = None
         self.meter: DeviceMeter | None = None
+        self.pages: DevicePages | None = None
         if not layers:
             return
         attach(vllm_config, layers)
@@ -108,7 +118,11 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 tags = make_tags(first.store)
                 self.planner = SummaryPlanner(first.store.layout.geometry, tags, max_rows(vllm_config))
         workspace = first.attention.workspace
-        self.meter = DeviceMeter(workspace.counters, first.store.layout, len(sparse_layers(vllm_config)))
+        if first.config.kv_residency == "host":
+            self.pages = keep_pages(vllm_config, layers)
+        self.meter = DeviceMeter(
+            workspace.counters, first.store.layout, len(sparse_layers(vllm_config)), self.pages
+        )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -118,6 +132,10 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         plan = None
         if self.planner is not None:
             plan = self.planner.plan(common.block_table_tensor, common.seq_lens, common.query_start_loc)
+        if self.pages is not None:
+            self.pages.begin_step(
+                common.block_table_tensor, common.seq_lens, common.query_start_loc, common.max_query_len
+            )
         if self.meter is not None:
             self.meter.step()
         prefill = None
@@ -135,6 +153,9 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             query_start_loc=common.query_start_loc,
             max_query_len=common.max_query_len,
             plan=plan,
+            longest_context=0
+            if prefill is None or self.pages is None
+            else compat.longest_context(common, decodes),
         )
 
 
@@ -189,6 +210,52 @@ def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
         layer.workspace.shape = make_shape(layer.store.layout, group, layer.config.group_rule)
         layer.attention = TritonAttention(layer.store, layer.workspace, impls[name].scale)
     warm_up(vllm_config, next(iter(layers.values())))
+
+
+def keep_pages(vllm_config: Any, layers: dict[str, SparseLayer]) -> DevicePages:
+    """Give a group's layers their page caches, out of what vLLM has left of the device's memory."""
+    first = next(iter(layers.values()))
+    store, rows = first.store, max_rows(vllm_config)
+    assert store is not None
+    layout, device = store.layout, store.codes.device
+    kv_dtype = vllm_config.model_config.dtype
+    geometry = first.attention.shape.geometry
+    staging = Staging(geometry, layout.heads, layout.head_size, kv_dtype, device, rows)
+    # A page's directory entries, and this buffer, come on top of the peak that vLLM's profiling run has shown.
+    taken = staging.buffer.nbytes + 4 * store.pages * layout.heads * len(layers)
+    left = max(_left_on_device(vllm_config, device) - taken, 0)
+    pages = DevicePages(
+        geometry,
+        len(layers),
+        store.pages,
+        layout.heads,
+        page_cache_slots(vllm_config, layers, left),
+        layout.head_size,
+        kv_dtype,
+        device,
+        rows,
+        vllm_config.model_config.max_model_len,
+    )
+    for layer, own in zip(layers.values(), pages.layers, strict=True):
+        layer.pages = layer.attention.pages = own
+        layer.staging = staging
+    logger.info(
+        "rc_topk: the page cache takes %.2f GiB of the device: %d pages of a KV head in each of %d layers.",
+        pages.nbytes / 2**30,
+        pages.slots,
+        len(layers),
+    )
+    return pages
+
+
+def _left_on_device(vllm_config: Any, device: torch.device) -> int:
+    """Bytes under --gpu-memory-utilization that neither this process's peak so far nor anybody else takes."""
+    torch.cuda.synchronize(device)
+    torch_now = torch.cuda.memory_reserved(device)
+    torch_peak = torch.cuda.max_memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch_now
+    return max(int(total * vllm_config.cache_config.gpu_memory_utilization) - others - torch_peak, 0)
 
 
 def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
@@ -254,20 +321,24 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
             )
         if meta.prefill is not None:
             attention.key_scale = layer._k_scale_float
-            attention.update_prefill(
-                kv_cache,
-                meta.block_table[decodes:],
-                meta.seq_lens[decodes:],
-                meta.query_start_loc[decodes:],
-                meta.max_query_len,
-            )
-            super().forward(
-                layer,
-                query[decodes:],
-                key[decodes:],
-                value[decodes:],
-                kv_cache,
-                meta.prefill,
-                output[decodes:],
-            )
+            table, seq_lens = meta.block_table[decodes:], meta.seq_lens[decodes:]
+            starts = meta.query_start_loc[decodes:]
+            attention.update_prefill(kv_cache, table, seq_lens, starts, meta.max_query_len)
+            tokens = slice(decodes, meta.num_actual_tokens)
+            new = query[tokens], key[tokens], value[tokens]
+            if attention.pages is not None:
+                staged_prefill(
+                    self,
+                    self.sparse_layer.staging,
+                    *new,
+                    kv_cache,
+                    table,
+                    seq_lens,
+                    meta.prefill.query_start_loc,
+                    meta.max_query_len,
+                    meta.longest_context,
+                    output[tokens],
+                )
+            else:
+                super().forward(layer, *new, kv_cache, meta.prefill, output[tokens])
         return output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -214,6 +216,63 @@ def own_pool_bytes(vllm_config: Any, nbytes: int) -> None:
             "pool is: leave that flag out, or set kv_residency=gpu."
         )
     cache.kv_cache_memory_bytes = nbytes
+
+
+_pool_context: Callable[[], AbstractContextManager[None]] | None = None
+"""Where the next KV pool of this process is allocated; None: as vLLM does it."""
+
+
+def allocate_pool_inside(context: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Let vLLM allocate its next KV pool inside this context, and nothing else in it; None undoes that."""
+    global _pool_context
+    _pool_context = context
+    if context is not None:
+        _wrap_pool_allocation()
+
+
+def _take_pool_context() -> AbstractContextManager[None] | None:
+    global _pool_context
+    context, _pool_context = _pool_context, None
+    return None if context is None else context()
+
+
+@functools.cache
+def _wrap_pool_allocation() -> None:
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.gpu import attn_utils
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def inside(original: Any) -> Any:
+        @functools.wraps(original)
+        def allocate(*args: Any, **kwargs: Any) -> Any:
+            with _take_pool_context() or nullcontext():
+                return original(*args, **kwargs)
+
+        return allocate
+
+    if hasattr(attn_utils, "_allocate_kv_cache"):  # 0.26: the worker's context has more than the pool inside
+        attn_utils._allocate_kv_cache = inside(attn_utils._allocate_kv_cache)
+        runner = gpu_model_runner.GPUModelRunner
+        runner._allocate_kv_cache_tensors = inside(runner._allocate_kv_cache_tensors)
+        return
+    original = Worker._maybe_get_memory_pool_context
+
+    @functools.wraps(original)
+    def pool_context(self: Any, tag: str) -> Any:
+        context = _take_pool_context() if tag == "kv_cache" else None
+        return original(self, tag) if context is None else context
+
+    Worker._maybe_get_memory_pool_context = pool_context
+
+
+def longest_context(common: Any, row: int) -> int:
+    """An upper bound of the tokens that rows from ``row`` on had before this step, known on the host."""
+    seq_lens = getattr(common, "seq_lens_cpu_upper_bound", None)
+    if seq_lens is None:
+        return max(int(common.max_seq_len) - 1, 0)
+    starts = common.query_start_loc_cpu
+    query_lens = starts[1:] - starts[:-1]
+    return max(int((seq_lens[row : len(query_lens)] - query_lens[row:]).max()), 0)
 
 
 def layer_index(name: str) -> int:

@@ -129,7 +129,7 @@ class RCTopKConfig:
         None,
         "a number from 0 up with kv_residency=host, otherwise null",
         "GiB of device memory for copies of KV pages on each rank; 0 for none, so that every page is read from the "
-        "host. By default an eighth of host_kv_gib.",
+        "host. By default what is left under --gpu-memory-utilization (on CPUs an eighth of host_kv_gib).",
     )
     log_requests: bool = _option(
         False,
@@ -245,11 +245,6 @@ class RCTopKConfig:
                 "[] with kv_residency=host",
                 "A dense layer would read its whole context from the host at every token.",
             )
-
-    @property
-    def cache_gib(self) -> float:
-        """GiB of the page cache, with kv_residency=host."""
-        return (self.host_kv_gib or 0) / 8 if self.page_cache_gib is None else self.page_cache_gib
 
     @property
     def estimator(self) -> str:

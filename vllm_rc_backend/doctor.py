@@ -180,9 +180,13 @@ def report(
         held = pool // (layout.token_bytes * facts.layers)
         memory.add_row("KV pages in host memory", f"{pool:,}", f"{held:,} tokens")
         memory.add_row("their page statistics", f"{per_token * facts.layers * held:,.0f}", "on the device")
-        cache = int(config.cache_gib * GIB)
-        share = 100 * cache / pool
-        memory.add_row("page cache", f"{cache:,}", f"{share:.1f} % of the pages, on the device")
+        if config.page_cache_gib is None:
+            memory.add_row("page cache", "what is left", "on the device")
+        else:
+            cache = int(config.page_cache_gib * GIB)
+            memory.add_row(
+                "page cache", f"{cache:,}", f"{100 * cache / pool:.1f} % of the pages, on the device"
+            )
     tables.append(memory)
 
     reads = Table(

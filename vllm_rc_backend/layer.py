@@ -19,6 +19,7 @@ from vllm_rc_backend.completion import Completion
 from vllm_rc_backend.completion.feature_file import FeatureFileError, layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
 from vllm_rc_backend.host_kv import memory
+from vllm_rc_backend.host_kv import pool as host_pool
 from vllm_rc_backend.kernels.reference import SummaryTags
 from vllm_rc_backend.observability import meter, metrics
 from vllm_rc_backend.plugin import NAME
@@ -162,12 +163,16 @@ class SparseLayer:
         self.vllm_config = get_current_vllm_config()
         compat.check_engine(self.vllm_config)
         self.config = RCTopKConfig.from_additional_config(self.vllm_config.additional_config)
-        if self.config.kv_residency == "host" and self.vllm_config.device_config.device_type != "cpu":
+        if (
+            self.config.kv_residency == "host"
+            and self.vllm_config.device_config.device_type != "cpu"
+            and shape.kv_cache_dtype.startswith("fp8")
+        ):
             raise OptionError(
                 "kv_residency",
                 "host",
-                "gpu on GPUs",
-                "Pages in host memory run on vLLM's CPU platform alone so far.",
+                f"gpu with --kv-cache-dtype {shape.kv_cache_dtype} on GPUs",
+                "Prefill reads its own chunk unquantised; leave --kv-cache-dtype out.",
             )
         self.shape = shape
         self.sparse = sliding_window is None and shares_kv_of is None
@@ -176,7 +181,9 @@ class SparseLayer:
         self.index = 0  # in the model; known once the layers have names
         self.before = DeviceMemory.of(self.vllm_config)
         # Set by the platform's backend, where it needs them.
-        self.pages: Any = None  # with kv_residency=host: copies of pages on the device
+        # The same with kv_residency=host: the page cache, and the buffer that prefills read the host through.
+        self.pages: Any = None
+        self.staging: Any = None
         self.workspace: Any = None
         self.attention: Any = None
 
@@ -286,6 +293,7 @@ def reserve(vllm_config: Any) -> None:
         if layer.index in layer.config.dense_layers:
             layer.sparse = False
     layers = sparse_layers(vllm_config)
+    compat.allocate_pool_inside(None)
     if any(layer.config.kv_residency == "host" for layer in own_layers(vllm_config).values()):
         keep_pages_in_host_memory(vllm_config, layers)
     if not layers:
@@ -331,6 +339,9 @@ def keep_pages_in_host_memory(vllm_config: Any, sparse: dict[str, SparseLayer]) 
     free = memory.free_bytes()
     memory.check(config.host_kv_gib, vllm_config.parallel_config.local_world_size, free)
     compat.own_pool_bytes(vllm_config, int(config.host_kv_gib * memory.GIB))
+    if vllm_config.device_config.device_type == "cuda":
+        host_pool.library()  # built now: a compiler that is missing stops the start before anything long
+        compat.allocate_pool_inside(host_pool.host_memory)
     logger.info(
         "rc_topk: the KV pool takes %.2f GiB of host memory on each rank (%.1f GiB were free).",
         config.host_kv_gib,
@@ -338,13 +349,19 @@ def keep_pages_in_host_memory(vllm_config: Any, sparse: dict[str, SparseLayer]) 
     )
 
 
-def page_cache_slots(vllm_config: Any, layer: SparseLayer) -> int:
-    """Pages of one KV head that this layer's page cache has room for: an even share of ``page_cache_gib``."""
-    store = layer.store
+def page_cache_slots(vllm_config: Any, layers: dict[str, SparseLayer], left: int) -> int:
+    """Pages of one KV head that the page cache of each of these layers has room for.
+
+    Args:
+        layers: of one KV-cache group; the groups share evenly.
+        left: bytes for all layers, if page_cache_gib is not given.
+    """
+    layer = next(iter(layers.values()))
+    gib, store = layer.config.page_cache_gib, layer.store
     assert store is not None
+    nbytes = left if gib is None else int(gib * memory.GIB)
     entry = store.layout.token_bytes // store.layout.heads * store.layout.geometry.page_size
-    layers = len(sparse_layers(vllm_config))
-    return min(int(layer.config.cache_gib * memory.GIB) // layers // entry, store.pages * store.layout.heads)
+    return min(nbytes // len(sparse_layers(vllm_config)) // entry, store.pages * store.layout.heads)
 
 
 def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[str, SparseLayer]:

@@ -387,6 +387,71 @@ def check_memory_is_counted_as_taken_only_if_vllm_will_find_it_taken() -> None:
     assert taken(allocated=-10, free=-10) == 0, "the former engine's tensors went meanwhile"
 
 
+def check_the_pool_alone_is_allocated_where_it_is_told_to() -> None:
+    """What kv_residency=host relies on: one place through which vLLM allocates its KV pool and nothing else."""
+    from types import ModuleType, SimpleNamespace
+
+    import torch
+
+    # It builds Triton kernels when it is imported, which needs a GPU; the worker imports it.
+    scan = ModuleType("vllm.model_executor.layers.mamba.ops.ssd_chunk_scan")
+    scan._chunk_scan_fwd = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(scan.__name__, scan)
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu import attn_utils
+
+    from vllm_rc_backend import compat
+
+    entered = []
+
+    @contextlib.contextmanager
+    def place() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    def allocate() -> None:
+        if hasattr(attn_utils, "_allocate_kv_cache"):
+            nothing = SimpleNamespace(kv_cache_tensors=[], kv_cache_groups=[])
+            attn_utils._allocate_kv_cache(nothing, {}, torch.device("cpu"))
+            return
+        model = SimpleNamespace(enable_cumem_allocator=False, enable_sleep_mode=False)
+        worker = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model))
+        for tag in ("weights", "runtime", "kv_cache"):
+            with gpu_worker.Worker._maybe_get_memory_pool_context(worker, tag=tag):
+                assert entered != ["in"] or tag == "kv_cache"
+        source = inspect.getsource(gpu_worker.Worker.initialize_from_config)
+        assert 'mem_pool_context = self._maybe_get_memory_pool_context(tag="kv_cache")' in source
+        assert "kv_cache_allocation_context=mem_pool_context" in source
+
+    compat.allocate_pool_inside(None)
+    allocate()
+    assert entered == []
+    compat.allocate_pool_inside(place)
+    allocate()
+    assert entered == ["in", "out"]
+    allocate()
+    assert entered == ["in", "out"], "the next engine's pool is where vLLM places it"
+
+
+def check_the_pools_size_may_be_given() -> None:
+    from vllm_rc_backend.compat import UnsupportedError, own_pool_bytes
+
+    config = engine_config()
+    cache = config.cache_config
+    with changed(cache, "kv_cache_memory_bytes", None):
+        own_pool_bytes(config, 1 << 28)
+        assert cache.kv_cache_memory_bytes == 1 << 28
+    assert config.parallel_config.local_world_size == 1
+    for section, name, value, flag in (
+        (cache, "kv_cache_memory_bytes", 1 << 28, "--kv-cache-memory-bytes"),
+        (cache, "num_gpu_blocks_override", 7, "--num-gpu-blocks-override"),
+        (config.model_config, "enable_cumem_allocator", True, "--enable-sleep-mode"),
+    ):
+        with changed(section, name, value), pytest.raises(UnsupportedError, match=flag):
+            own_pool_bytes(config, 1 << 28)
+
+
 def check_layers_are_found() -> None:
     from vllm_rc_backend import compat
 

@@ -135,7 +135,7 @@ def test_layers_that_stay_dense_are_refused(tmp_path: Path) -> None:
     assert "needs every layer to decode sparsely; 2 do not (sliding windows" in _chain(error.value)
 
 
-def test_gpus_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fp8_cache_on_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_rc_backend import layer
 
     config = SimpleNamespace(
@@ -143,5 +143,5 @@ def test_gpus_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(layer, "get_current_vllm_config", lambda: config)
     monkeypatch.setattr(layer.compat, "check_engine", lambda config: None)
-    with pytest.raises(OptionError, match="kv_residency: got 'host'; allowed: gpu on GPUs"):
-        layer.SparseLayer(layer.LayerShape(8, 2, 64, "auto"), None, None)
+    with pytest.raises(OptionError, match="kv_residency: got 'host'; allowed: gpu with --kv-cache-dtype fp8"):
+        layer.SparseLayer(layer.LayerShape(8, 2, 64, "fp8"), None, None)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from vllm_rc_backend.attention_triton import COUNTERS
+from vllm_rc_backend.host_kv.page_cache import COUNTERS as PAGE_COUNTERS
+from vllm_rc_backend.host_kv.page_cache import DevicePages
+from vllm_rc_backend.kernels.reference import Traffic
 from vllm_rc_backend.observability import meter
 from vllm_rc_backend.observability.meter import Counts
 from vllm_rc_backend.side_store import StoreLayout
@@ -23,13 +26,16 @@ class DeviceMeter:
         counters: int64 ``[len(COUNTERS)]`` on the device, totals over rows and layers.
         layout: of the layers that add to them.
         layers: how many add to them; the meter counts per layer.
+        pages: with the KV pages in host memory, the page caches; otherwise None.
     """
 
-    def __init__(self, counters: Tensor, layout: StoreLayout, layers: int) -> None:
+    def __init__(self, counters: Tensor, layout: StoreLayout, layers: int, pages: DevicePages | None) -> None:
         self.counters = counters
         self.layout = layout
         self.layers = layers
         self.host = torch.zeros(len(COUNTERS), dtype=torch.int64, pin_memory=True)
+        self.pages = None if pages is None else pages.counters
+        self.host_pages = torch.zeros(len(PAGE_COUNTERS), dtype=torch.int64, pin_memory=True)
         self.due = 0.0
         meter.get().source = self.totals
 
@@ -40,11 +46,13 @@ class DeviceMeter:
             return
         self.due = now + INTERVAL
         self.host.copy_(self.counters, non_blocking=True)
+        if self.pages is not None:
+            self.host_pages.copy_(self.pages, non_blocking=True)
         meter.get().log()
 
     def totals(self) -> Counts:
-        """Totals per layer."""
-        return self.read(self.host)
+        """Totals per layer; of the page caches over all layers."""
+        return self.read(self.host).with_pages(self.layout, Traffic(*self.host_pages.tolist()))
 
     def read(self, counters: Tensor) -> Counts:
         """Totals per layer, from the counters on the host."""

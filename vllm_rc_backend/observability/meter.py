@@ -48,6 +48,17 @@ class Counts:
         """The difference of two snapshots."""
         return Counts(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
+    def with_pages(self, layout: StoreLayout, traffic: Traffic) -> Counts:
+        """These, and what page caches were asked for."""
+        return replace(
+            self,
+            pages_wanted=self.pages_wanted + traffic.wanted,
+            pages_found=self.pages_found + traffic.hits,
+            pages_evicted=self.pages_evicted + traffic.evictions,
+            host_bytes_fetched=self.host_bytes_fetched
+            + traffic.tokens_fetched * layout.token_bytes // layout.heads,
+        )
+
     def sentence(self) -> str:
         """What was read, in words."""
         held = max(self.tokens_held, 1)
@@ -114,10 +125,7 @@ class Meter:
 
     def pages(self, layout: StoreLayout, traffic: Traffic) -> None:
         """Count what one layer's page cache was asked for."""
-        self.counts.pages_wanted += traffic.wanted
-        self.counts.pages_found += traffic.hits
-        self.counts.pages_evicted += traffic.evictions
-        self.counts.host_bytes_fetched += traffic.tokens_fetched * layout.token_bytes // layout.heads
+        self.counts = self.counts.with_pages(layout, traffic)
 
     def log(self) -> None:
         """Log what was read since the last line, if the interval has passed and anything was decoded."""
