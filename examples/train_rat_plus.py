@@ -12,6 +12,7 @@ Four models end up below --output, the later two from the first:
 Data and recipe are the example model's (train_example_model.py), with the needles of vllm_rc_backend.evaluation.needles
 as the only synthetic tasks beside copying. After --minutes the state is saved; the same command goes on from there.
 Every batch is a function of the seed and the step alone, so an interrupted run sees the data of an uninterrupted one.
+With several GPUs, --only lets one command train dense and another memory; the other two begin as dense.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ COPIES = 0.06  # share of the synthetic sequences
 CLOSED = -4.0  # logit of a converted model's gates at first: they keep 1.8 % of the past
 CONVERSION = 0.1  # of the steps
 CONVERSION_RATE = 0.3  # of the learning rate
+MODELS = ("dense", "memory", "converted", "continued")
 
 
 class Block(nn.Module):
@@ -335,12 +337,21 @@ def main(arguments: list[str] | None = None) -> bool:
     parser.add_argument(
         "--workers", type=int, default=14, help="processes that make batches (default: %(default)s)"
     )
+    parser.add_argument(
+        "--only", nargs="+", choices=MODELS, default=MODELS, help="of the four (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
 
     runs = plan(options.steps, options.longest)
-    todo = [run for run in runs if not (options.output / run.name / "model.safetensors").exists()]
+    there = {name for name in MODELS if (options.output / name / "model.safetensors").exists()}
+    todo = [run for run in runs if run.name in options.only and run.name not in there]
+    for run in todo:
+        if run.start is not None and run.start not in {*there, *options.only}:
+            parser.error(
+                f"--only: {run.name} begins as {run.start}, which {options.output} does not hold yet"
+            )
     if not todo:
         print("all models are there")
         return True

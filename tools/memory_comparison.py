@@ -197,6 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--rows", type=Path, default=ROWS, help="folder of the rows (default: the repository's)"
     )
+    names = tuple(itertools.chain.from_iterable(PAIRS))
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, help="models to measure (default: all)"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--prompts", type=int, default=100, help="of each task (default: %(default)s)")
     parser.add_argument(
@@ -206,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     if options.models:
-        for name in itertools.chain.from_iterable(PAIRS):
+        for name in options.only:
             folder = options.models / name
             if not (folder / "model.safetensors").exists():
                 parser.error(
