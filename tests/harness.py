@@ -6,6 +6,7 @@ Shared by the CPU and the GPU suite: only the dense backend's name, the dtype an
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -63,6 +64,18 @@ def sparse_layers(llm: Any) -> dict[str, Any]:
     """Our layers by name, with vLLM's layer objects; of an engine whose one worker lives in this process."""
     context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     return {n: layer for n, layer in context.items() if layer.impl.sparse_layer.sparse}
+
+
+def with_features(folder: Path, features: int = 48) -> dict[str, Any]:
+    """Options for the completion ``features`` with untrained maps for the example model, written to this folder."""
+    from vllm_rc_backend.completion.feature_file import FeatureFile, fingerprint
+    from vllm_rc_backend.evaluation.kernel_check import random_maps
+
+    config = json.loads(Path(MODEL, "config.json").read_text())
+    maps = random_maps(config["num_key_value_heads"], features, config["head_dim"])
+    path = folder / "maps.safetensors"
+    FeatureFile([maps] * config["num_hidden_layers"], fingerprint(config)).save(path)
+    return {"completion": "features", "features_file": str(path)}
 
 
 FULL = {"budget": 1_000_000}

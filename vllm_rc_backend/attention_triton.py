@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.host_kv.page_cache import LayerPages
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
 from vllm_rc_backend.kernels.triton.decode import PARTIAL_STATS, decode_kernel
+from vllm_rc_backend.kernels.triton.features import features_kernel
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED
 from vllm_rc_backend.kernels.triton.page_cache import choose_kernel
 from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
@@ -43,7 +45,9 @@ read, the residual's share of the softmax mass (of KV head 0, in millionths), an
 pages of a mid region instead of advanced."""
 
 GROUP_RULES = ("max", "mean")
-COMPLETIONS = ("linear", "paged", "none")
+COMPLETIONS = ("linear", "paged", "features", "none")
+MOST_FEATURES = 256
+"""Of a KV head, that a program has registers and shared memory for (a test compiles it to see)."""
 POLICY_QUERY_MAPS = {"box": "abs", "mean_var": "square", "moba": "none", "runs": "runs"}
 
 
@@ -51,7 +55,7 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
     """What the kernels are compiled for.
 
     Raises:
-        ValueError: a policy, group rule or completion that these kernels do not have.
+        ValueError: a policy, group rule, completion or number of features that these kernels do not have.
     """
     policy = layout.policy
     if policy.name not in POLICY_QUERY_MAPS:
@@ -68,6 +72,12 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         raise ValueError(
             f"completion={layout.completion.name} has no GPU kernel; allowed: {', '.join(COMPLETIONS)}"
         )
+    features = layout.completion.features if isinstance(layout.completion, Features) else 0
+    if features > MOST_FEATURES:
+        raise ValueError(
+            f"features_file has {features} features of a KV head, which no GPU kernel takes; allowed: up to "
+            f"{MOST_FEATURES}. Make it with: rc-topk calibrate --features {MOST_FEATURES}"
+        )
     geometry = layout.geometry
     if geometry.budget >= 1:
         geometry = dataclasses.replace(geometry, budget=int(geometry.budget))
@@ -81,6 +91,7 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         group_rule=group_rule,
         completion=layout.completion.name,
         vectors=layout.vectors,
+        features=features,
     )
 
 
@@ -114,6 +125,7 @@ class Tuning:
     most_splits: int = 16
     joint_programs: int = 3  # per multiprocessor
     joint_warps: int = 4
+    features_elements: int = 4096  # features of tokens at a time
     merge_elements: int = 8192  # of partial results at a time
     update_columns: int = 32
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
@@ -200,6 +212,7 @@ class Workspace:
         self.groups = empty(most_splits if self.neighbours > 1 else 0, self.max_selected)
         most_partials = most_splits + max_rows * heads
         self.partial_out = empty(most_partials, shape.merge_rows, shape.block_d, dtype=torch.float32)
+        self.counts = empty(most_splits, shape.features, dtype=torch.float32)
         self.partial_stats = empty(most_partials, PARTIAL_STATS.value, shape.merge_rows, dtype=torch.float32)
         self.arrivals = torch.zeros(2, max_rows, heads, dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
@@ -217,8 +230,9 @@ class Workspace:
 
     def joint(self, rows: int) -> bool:
         """Whether both phases of a decode are one launch: there must be room for all its programs at the same time, two
-        at least for each (row, head). Triton's interpreter runs one after the other."""
-        return not INTERPRETED.value and 2 * rows * self.shape.heads <= self.room
+        at least for each (row, head), and nothing to do in between. Triton's interpreter runs one after the other."""
+        fits = 2 * rows * self.shape.heads <= self.room
+        return not INTERPRETED.value and fits and not self.shape.features
 
     def score_tile(self, joint: bool) -> int:
         """Pages that a program scores at a time: so many for each warp that it has."""
@@ -230,6 +244,11 @@ class Workspace:
         """Tokens that a program attends to at a time."""
         elements = self.tuning.joint_elements if joint else self.tuning.decode_elements
         return max(16, min(elements // self.shape.block_d, 128))
+
+    @property
+    def features_tile(self) -> int:
+        """Tokens whose features a program computes at a time."""
+        return max(16, min(self.tuning.features_elements // self.shape.block_f, 64))
 
     def scorers(self, rows: int) -> int:
         """Programs that score the pages of one (row, head)."""
@@ -327,6 +346,11 @@ class TritonAttention:
         self.key_scale = key_scale
         self.value_scale = value_scale
         self.pages = pages
+        completion = store.completion
+        self.maps: tuple[Tensor | None, ...] = (None,) * 4
+        if isinstance(completion, Features):
+            maps = completion.key_weight, completion.key_bias, completion.query_weight, completion.query_bias
+            self.maps = tuple(x.contiguous() for x in maps)
 
     def update_prefill(
         self, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor, max_query_len: int
@@ -382,11 +406,13 @@ class TritonAttention:
             self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
             self.choose(block_table, seq_lens)
             self.pages.fetch(self.workspace.selected, kv, block_table, seq_lens)
+            self.complete(query, kv, block_table, seq_lens, plan)
             self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
         elif self.workspace.joint(len(seq_lens)):
             self.launch(query, kv, block_table, seq_lens, plan, out)
         else:
             self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
+            self.complete(query, kv, block_table, seq_lens, plan)
             self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
 
     def update(self, kv: Tensor, block_table: Tensor, seq_lens: Tensor, plan: SummaryPlan | None) -> None:
@@ -404,13 +430,14 @@ class TritonAttention:
             store.states,
             *((None,) * 4 if plan is None else (plan.slot, plan.source, plan.first, plan.last)),
             self.workspace.counters,
+            *self.maps[:2],
             self.key_scale,
             self.value_scale,
             *kv.stride()[:3],
             block_table.stride(0),
             S=shape,
             COLS=columns,
-            TILE=32 if shape.block_d > 128 else 64,
+            TILE=self.workspace.features_tile if shape.features else 32 if shape.block_d > 128 else 64,
             OVERLAP=self.workspace.overlap,
             num_warps=4,
         )
@@ -434,6 +461,57 @@ class TritonAttention:
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
             num_warps=4,
+        )
+
+    def complete(
+        self, query: Tensor, kv: Tensor, block_table: Tensor, seq_lens: Tensor, plan: SummaryPlan | None
+    ) -> None:
+        """For ``features`` only: the pages of all rows, and what they leave of the summary."""
+        if not self.shape.features:
+            return
+        assert plan is not None
+        work, pages, rows = self.workspace, self.pages, len(seq_lens)
+        attenders = work.attenders(rows)
+        features_kernel[(self.shape.heads, attenders, rows)](
+            query,
+            kv,
+            None if pages is None else pages.content,
+            None if pages is None else pages.group.reading,
+            *self.maps,
+            self.store.states,
+            block_table,
+            seq_lens,
+            plan.slot,
+            work.keys,
+            work.maxima,
+            work.groups,
+            work.chosen,
+            work.selected,
+            work.partial_out,
+            work.partial_stats,
+            work.counts,
+            work.arrivals[0],
+            self.scale,
+            self.key_scale,
+            self.value_scale,
+            query.stride(0),
+            query.stride(1),
+            *kv.stride()[:3],
+            block_table.stride(0),
+            work.max_pages,
+            work.max_groups,
+            work.max_selected,
+            0 if pages is None else pages.group.max_read,
+            attenders,
+            S=self.shape,
+            GROUP=work.neighbours,
+            BLOCKS=work.select_blocks,
+            TILE=work.features_tile,
+            STATS=PARTIAL_STATS.value,
+            SPLITS=next_power_of_2(attenders),
+            OVERLAP=work.overlap,
+            num_warps=4,
+            launch_pdl=work.overlap,
         )
 
     def launch(

@@ -85,7 +85,8 @@ class SideStore:
     """Page statistics and summary states of one layer.
 
     ``codes`` ``[pages, heads, vectors, head_size]`` (bfloat16 or int8), ``scales`` ``[pages, heads, vectors]``
-    (float16) or None, ``states`` ``[slots, heads, 2, state_rows, head_size]`` (bfloat16).
+    (float16) or None, ``states`` ``[slots, heads, 2, state_rows, head_size]`` (bfloat16), and the ``completion`` with
+    its tensors, if it has any, on the device.
     """
 
     def __init__(self, layout: StoreLayout, pages: int, device: torch.device | str) -> None:
@@ -99,6 +100,7 @@ class SideStore:
         self.scales: Tensor | None = (
             torch.zeros(pages, heads, vectors, dtype=torch.float16, device=device) if bits < 16 else None
         )
+        self.completion = layout.completion.to(device)
         rows = layout.completion.state_rows(d)
         self.states = torch.zeros(layout.slots, heads, 2, rows, d, dtype=torch.bfloat16, device=device)
 

@@ -112,7 +112,7 @@ def _attend(
         keys = as_operand(tl.load(at, mask=mask, other=0.0))
         values = as_operand(tl.load(at + S.head_size, mask=mask, other=0.0))
         scores = dot(q, tl.trans(keys.to(q.dtype)), tl.zeros([M, TILE], tl.float32)) * scale
-        if S.completion != "none":
+        if S.first_order:
             scores_sum += tl.sum(tl.where((retrieved & real)[None, :], scores, 0.0), 1)
             scores = tl.where(ones[:, None], tl.where(retrieved, 0.0, float("-inf"))[None, :], scores)
         scores = tl.where(real[None, :], scores, float("-inf"))
@@ -269,7 +269,7 @@ def decode_kernel(
             if sparse & (split < scorers):
                 tl.debug_barrier()  # all of this program's keys are written before it arrives
                 tl.atomic_add(scored + lane, 1, sem="release")
-        if S.completion != "none":
+        if S.first_order:
             if summarises:
                 _summarise(
                     query,
@@ -281,11 +281,13 @@ def decode_kernel(
                     partial_stats + attenders * PARTIAL_STATS * R,
                     S,
                 )
+        else:
+            summarises = False  # of ``features`` the residual is there already
         if (split < splits) | summarises:
             if split < splits:
                 first = split * share // g.page_size
                 last = tl.minimum((split + 1) * share, n_retrieved) // g.page_size
-                if reading is not None:
+                if reading is not None or S.completion == "features":
                     last = first  # all are chosen already
                 if first < last:
                     if SCORES:
@@ -331,7 +333,7 @@ def decode_kernel(
                     TILE,
                 )
             arriving = splits
-            if not SCORES:
+            if S.first_order and not SCORES:
                 arriving += (slot >= 0).to(tl.int32)
             tl.debug_barrier()  # all of this program's partial is written before it arrives
             if tl.atomic_add(attended + lane, 1, sem="acq_rel") == arriving - 1:
@@ -529,7 +531,10 @@ def _merge(
                 mass_m = new_m
     if S.completion != "none":
         if slot >= 0:
-            log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
+            if S.first_order:
+                log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
+            else:
+                log_mass, value = q_K1, rows
             if S.completion == "paged":
                 log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
             M_all = finite(tl.maximum(m, log_mass))

@@ -23,3 +23,11 @@ def dot(a, b, acc):
     else:
         result = tl.dot(a, b, acc)
     return result
+
+
+@triton.jit
+def dot_split(a, b, acc):
+    """``acc + a @ b`` for a float32 ``a`` and a 16-bit ``b``: ``a`` goes in as two terms of b's type."""
+    high = a.to(b.dtype)
+    acc = dot(high, b, acc)
+    return dot((a - high.to(tl.float32)).to(b.dtype), b, acc)

@@ -25,8 +25,9 @@ class Shape:
             for a policy with one vector; ``runs`` for the policy of that name, whose score is of another form.
         spread_weight: weight of that second term.
         group_rule: ``max`` or ``mean`` over the query heads of a KV head.
-        completion: ``linear``, ``paged`` or ``none``.
+        completion: ``linear``, ``paged``, ``features`` or ``none``.
         vectors: statistics kept per page.
+        features: of the completion ``features``, D_phi; otherwise 0.
     """
 
     geometry: Geometry
@@ -38,6 +39,7 @@ class Shape:
     group_rule: str
     completion: str
     vectors: int
+    features: int
 
     @property
     def block_d(self) -> int:
@@ -87,6 +89,21 @@ class Shape:
         return next_power_of_2(self.group + 1)
 
     @property
+    def first_order(self) -> bool:
+        """Whether the completion is ``linear`` or has its state and value: C, K1, V1."""
+        return self.completion in ("linear", "paged")
+
+    @property
     def state_rows(self) -> int:
-        """Rows of a summary: C, K1, V1."""
-        return self.head_size + 2
+        """Rows of a summary: C, K1, V1; of ``features`` S, and u in as many as it takes."""
+        return self.features + -(-self.features // self.head_size) if self.features else self.head_size + 2
+
+    @property
+    def block_f(self) -> int:
+        """Features padded to a power of two that a matrix instruction takes."""
+        return max(16, next_power_of_2(self.features))
+
+    @property
+    def block_u(self) -> int:
+        """Elements of u's rows, padded to a power of two."""
+        return next_power_of_2(-(-self.features // self.head_size) * self.head_size)

@@ -154,22 +154,24 @@ def absorb_columns(
     tile = rows[:, None] * d + cols[None, :]
     whole = real_rows[:, None] & real_cols[None, :]
     if source_slot >= 0:
-        C += _load_planes(source + tile, whole, LOW)
-        K1 += _load_planes(source + d * d + cols, real_cols, LOW)
-        V1 += _load_planes(source + d * d + d + cols, real_cols, LOW)
-    _store_planes(state + tile, C, whole, LOW)
-    _store_planes(state + d * d + cols, K1, real_cols, LOW)
-    _store_planes(state + d * d + d + cols, V1, real_cols, LOW)
+        C += load_planes(source + tile, whole, LOW)
+        K1 += load_planes(source + d * d + cols, real_cols, LOW)
+        V1 += load_planes(source + d * d + d + cols, real_cols, LOW)
+    store_planes(state + tile, C, whole, LOW)
+    store_planes(state + d * d + cols, K1, real_cols, LOW)
+    store_planes(state + d * d + d + cols, V1, real_cols, LOW)
 
 
 @triton.jit
-def _load_planes(at, mask, LOW: tl.constexpr):
+def load_planes(at, mask, LOW: tl.constexpr):
+    """Both planes of a state, the low one ``LOW`` elements after the high one: float32."""
     high = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     return high + tl.load(at + LOW, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_planes(at, x, mask, LOW: tl.constexpr):
+def store_planes(at, x, mask, LOW: tl.constexpr):
+    """Its inverse."""
     high = x.to(tl.bfloat16)
     tl.store(at, high, mask=mask)
     tl.store(at + LOW, (x - high.to(tl.float32)).to(tl.bfloat16), mask=mask)

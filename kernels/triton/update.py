@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.triton.features import absorb_features
 from vllm_rc_backend.kernels.triton.overlap import let_next_start
 from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.statistics import finish_page
@@ -23,6 +24,8 @@ def update_kernel(
     plan_first,
     plan_last,
     counters,
+    key_weight,
+    key_bias,
     key_scale,
     value_scale,
     stride_block,
@@ -34,7 +37,10 @@ def update_kernel(
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (1 + column tiles of a summary, heads, rows): statistics of a page finished now, and the summary."""
+    """Grid (1 + column tiles of a summary, heads, rows): statistics of a page finished now, and the summary.
+
+    ``key_weight``, ``key_bias``: of ``completion.Features``, otherwise None.
+    """
     let_next_start(OVERLAP)
     g: tl.constexpr = S.geometry
     part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -55,20 +61,43 @@ def update_kernel(
                 tl.atomic_add(counters + 7, 1, sem="relaxed")
             size = S.heads * 2 * S.state_rows * S.head_size
             states += head * (2 * S.state_rows * S.head_size)
-            absorb_columns(
-                kv,
-                block_table,
-                states + slot.to(tl.int64) * size,
-                states + tl.maximum(source, 0).to(tl.int64) * size,
-                source,
-                first * g.page_size,
-                last * g.page_size,
-                (part - 1) * COLS,
-                key_scale,
-                value_scale,
-                stride_block,
-                stride_token,
-                S,
-                COLS,
-                TILE,
-            )
+            state = states + slot.to(tl.int64) * size
+            copied = states + tl.maximum(source, 0).to(tl.int64) * size
+            if S.completion == "features":
+                absorb_features(
+                    kv,
+                    block_table,
+                    key_weight + head * S.features * S.head_size,
+                    key_bias + head * S.features,
+                    state,
+                    copied,
+                    source,
+                    first * g.page_size,
+                    last * g.page_size,
+                    (part - 1) * COLS,
+                    key_scale,
+                    value_scale,
+                    stride_block,
+                    stride_token,
+                    S,
+                    COLS,
+                    TILE,
+                )
+            else:
+                absorb_columns(
+                    kv,
+                    block_table,
+                    state,
+                    copied,
+                    source,
+                    first * g.page_size,
+                    last * g.page_size,
+                    (part - 1) * COLS,
+                    key_scale,
+                    value_scale,
+                    stride_block,
+                    stride_token,
+                    S,
+                    COLS,
+                    TILE,
+                )

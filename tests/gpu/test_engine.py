@@ -33,6 +33,7 @@ from ..harness import (
     engine,
     greedy,
     sparse_layers,
+    with_features,
 )
 from ..rat_plus import assert_plain, write_rat_plus
 
@@ -101,7 +102,7 @@ class Audit:
                 if slot < 0:
                     continue
                 span = kv.read_range(table, geometry.sink_tokens, m * geometry.page_size)
-                expected = layout.completion.contribution(*span)
+                expected = store.completion.contribution(*span)
                 held = store.states[slot].float().sum(dim=1)
                 error = (held - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
                 assert bool((error < 2e-3).all()), (m, error)
@@ -119,11 +120,21 @@ def dense(prompt: Prompt) -> dict[str, list[Answer]]:
         return found
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize(
+    ("eager", "completion"),
+    [(False, None), (True, None), (False, "features")],
+    ids=["graphs", "eager", "features"],
+)
 def test_full_budget_equals_dense(
-    eager: bool, dense: dict[str, list[Answer]], prompt: Prompt, caplog: pytest.LogCaptureFixture
+    eager: bool,
+    completion: str | None,
+    dense: dict[str, list[Answer]],
+    prompt: Prompt,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    with engine("rc_topk", FULL, enforce_eager=eager, **GPU) as llm:
+    options = FULL | (with_features(tmp_path) if completion == "features" else {})
+    with engine("rc_topk", options, enforce_eager=eager, **GPU) as llm:
         for scenario in SCENARIOS:
             if scenario.__name__ == "shared_then_parted":  # sampled: a tie changes everything after it
                 continue
@@ -135,10 +146,13 @@ def test_full_budget_equals_dense(
     )
 
 
-@pytest.fixture(scope="module")
-def small_engine() -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["default", "features"])
+def small_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Of use only until another engine of this process is shut down: that takes the process groups of all."""
-    with engine("rc_topk", SMALL, num_gpu_blocks_override=420, **GPU) as llm:
+    options: dict[str, Any] = dict(SMALL)
+    if request.param == "features":
+        options |= with_features(tmp_path_factory.mktemp("maps"))
+    with engine("rc_topk", options, num_gpu_blocks_override=420, **GPU) as llm:
         yield llm
 
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 RAGGED = (500, 1, 0, 131, 333)
 FP8 = {"kv_dtype": torch.float8_e4m3fn, "key_scale": 0.5, "value_scale": 2.0}
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
+FEATURES: dict[str, Any] = {**RUNS, "completion": "features"}
 CASES = {
     "default": Case(**RUNS, completion="paged", head_size=128, seq_lens=RAGGED, heads=8),
     "runs, head size 64, 1 query head": Case(**RUNS, completion="paged", group=1, seq_lens=RAGGED),
@@ -51,6 +52,52 @@ CASES = {
         dtype=torch.float16,
     ),
     "moba, mass from the scores": Case(selection="moba", completion="paged", seq_lens=RAGGED),
+    "features": Case(**FEATURES, head_size=128, features=128, seq_lens=RAGGED, heads=8),
+    "features, head size 64, 100 of them, 7 query heads, fp8, pages of 32": Case(
+        **FEATURES, **FP8, features=100, group=7, page_size=32, sink_tokens=32, budget=256
+    ),
+    "features, head size 96, 5 query heads, token-major blocks of 4 pages, fp16": Case(
+        **FEATURES,
+        head_size=96,
+        features=48,
+        group=5,
+        head_first=False,
+        pages_per_block=4,
+        dtype=torch.float16,
+        seq_lens=RAGGED,
+    ),
+    "features, head size 256, 256 of them, 16 query heads, pages of 64": Case(
+        **FEATURES,
+        head_size=256,
+        features=256,
+        group=16,
+        page_size=64,
+        sink_tokens=0,
+        budget=320,
+        seq_lens=(700, 650),
+    ),
+    "features, 5 of them, pages of 128, 1 query head, box": Case(
+        completion="features",
+        features=5,
+        group=1,
+        page_size=128,
+        sink_tokens=128,
+        budget=640,
+        seq_lens=(1500,),
+    ),
+    "features, 200 of them, two levels, long": Case(
+        **FEATURES,
+        head_size=128,
+        features=200,
+        seq_lens=(6000, 700),
+        budget=150,
+        max_model_len=70_000,
+        heads=1,
+    ),
+    "features, many rows, too few slots": Case(
+        **FEATURES, head_size=128, seq_lens=tuple(range(40, 680, 8)), heads=4, slots=30
+    ),
+    "features, through a page cache": Case(**FEATURES, seq_lens=RAGGED, cache_slots=20),
     "head size 64, 1 query head": Case(head_size=64, group=1),
     "head size 96, 2 query heads, fp16": Case(head_size=96, group=2, dtype=torch.float16, seq_lens=RAGGED),
     "head size 128, 5 query heads, token-major": Case(
@@ -84,9 +131,10 @@ def test_agrees_with_the_reference(name: str) -> None:
     check(CASES[name], "cuda", steps=2)
 
 
-def test_graph_replay_follows_changing_lengths() -> None:
+@pytest.mark.parametrize("completion", ["paged", "features"])
+def test_graph_replay_follows_changing_lengths(completion: str) -> None:
     """One captured graph; rows come, go, finish pages and cross from dense to sparse."""
-    case = Case(**RUNS, completion="paged", head_size=128, seq_lens=(100, 300, 0, 150))
+    case = Case(**RUNS, completion=completion, head_size=128, seq_lens=(100, 300, 0, 150))
     runner = Runner(case, "cuda", steps=40)
     runner.prefill()
     rows = len(case.seq_lens)

@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -19,7 +20,18 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from ..harness import FULL, SMALL, Answer, Prompt, answers, assert_close, engine, greedy, sparse_layers
+from ..harness import (
+    FULL,
+    SMALL,
+    Answer,
+    Prompt,
+    answers,
+    assert_close,
+    engine,
+    greedy,
+    sparse_layers,
+    with_features,
+)
 
 GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
 T = TypeVar("T")
@@ -129,10 +141,13 @@ def test_sleep_frees_the_pool_and_changes_no_answer(level: int, prompt: Prompt) 
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("options", [FULL, SMALL], ids=["full budget", "small budget"])
+@pytest.mark.parametrize("budget", ["full budget", "small budget", "features"])
 @pytest.mark.parametrize("executor", ["mp", "ray"])
-def test_tensor_parallel_equals_one_rank(executor: str, options: dict[str, Any], prompt: Prompt) -> None:
-    """Two ranks, each with its own KV heads, statistics and summaries, and decode graphs with NCCL inside."""
+def test_tensor_parallel_equals_one_rank(executor: str, budget: str, prompt: Prompt, tmp_path: Path) -> None:
+    """Two ranks, each with its own KV heads, statistics, summaries and maps, and decode graphs with NCCL inside."""
+    options = FULL if budget == "full budget" else SMALL
+    if budget == "features":
+        options = SMALL | with_features(tmp_path)
     if executor == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")
     prompts = [prompt(300 + 150 * i, i) for i in range(8)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,10 @@ class Completion:
     def state_rows(self, head_size: int) -> int:
         """Rows of length head_size in the state of one (sequence, KV head); 0 if there is none."""
         raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Completion:
+        """The same on a device, where it has tensors."""
+        return self
 
     def tokens_read(self, head_size: int) -> float:
         """What reading the state costs, in token-equivalents (one token is K and V at 16 bit)."""

@@ -48,8 +48,7 @@ class Features(Completion):
     def precise_rows(self) -> int:  # type: ignore[override]
         return -(-self.features // self.key_weight.shape[-1])
 
-    def to(self, device: torch.device) -> Features:
-        """The same maps on a device."""
+    def to(self, device: torch.device | str) -> Features:
         return Features(
             *(x.to(device) for x in (self.key_weight, self.key_bias, self.query_weight, self.query_bias))
         )

@@ -31,6 +31,7 @@ from vllm_rc_backend.attention_triton import (
     Workspace,
     make_shape,
 )
+from vllm_rc_backend.completion import LEARNED
 from vllm_rc_backend.config import RCTopKConfig, default_completion
 from vllm_rc_backend.evaluation.kernel_check import Case, check, check_row
 from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags
@@ -150,15 +151,16 @@ class Layers:
 
 
 def bytes_read(layout: StoreLayout, seq_len: int, batch: int) -> int:
-    """Bytes that one layer must touch in a step in which no page is finished."""
+    """Bytes that one layer must touch in a step in which no page is finished. Maps are read once for all rows."""
     geometry = layout.geometry
-    tokens = geometry.tokens_read(seq_len) * layout.token_bytes
+    tokens, maps = geometry.tokens_read(seq_len) * layout.token_bytes, 0
     if geometry.is_sparse(seq_len):
         tokens += (geometry.mid_end(seq_len) - geometry.sink_pages) * layout.statistics_bytes
         completion = layout.completion
         rows = completion.state_rows(layout.head_size) + completion.precise_rows
         tokens += layout.heads * rows * layout.head_size * 2
-    return tokens * batch
+        maps = sum(x.nbytes for x in vars(completion).values())
+    return tokens * batch + maps
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -418,6 +420,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--selection", choices=tuple(POLICY_QUERY_MAPS), default=RCTopKConfig.selection)
     parser.add_argument("--completion", choices=COMPLETIONS, help="default: that of the selection policy")
+    parser.add_argument(
+        "--features",
+        type=int,
+        default=128,
+        help="of a KV head, with --completion features, whose maps are random (default %(default)s)",
+    )
     parser.add_argument("--layout", choices=("HND", "NHD"), default="NHD", help="order inside a KV block")
     parser.add_argument(
         "--rows", nargs="*", metavar="CONTEXTxBATCH", help="such as 32Kx8; default: " + " ".join(_names())
@@ -457,6 +465,7 @@ def main(argv: list[str] | None = None) -> int:
         statistics_bits=options.statistics_bits or POLICIES[options.selection].statistics_bits[0],
         selection=options.selection,
         completion=options.completion or default_completion(options.selection),
+        features=options.features,
         head_first=options.layout == "HND",
     )
     wanted = [name.upper().split("KX") for name in options.rows or _names()]
@@ -489,12 +498,13 @@ def main(argv: list[str] | None = None) -> int:
         except AssertionError as failure:
             print(f"{context // K}K x {batch}: wrong output, no speeds printed: {failure}", file=sys.stderr)
             return 1
+    maps = f"{case.features} random " if case.completion == LEARNED else ""
     about: dict[str, object] = {
         **environment(device),
         "copy_gb_per_s": round(bandwidth / 1e9),
         "shape": f"{options.query_heads} query heads, {case.heads} KV heads, head size {case.head_size}, bfloat16, "
         f"pages of {case.page_size}, {options.layout}, budget {case.budget:g}, "
-        f"sink {case.sink_tokens}, tail {case.tail_tokens}, {case.selection}, {case.completion}, "
+        f"sink {case.sink_tokens}, tail {case.tail_tokens}, {case.selection}, {maps}{case.completion}, "
         f"{case.statistics_bits}-bit statistics",
     }
     for name, value in about.items():

@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 
 from vllm_rc_backend.attention_triton import COUNTERS, SummaryPlanner, TritonAttention, Workspace, make_shape
-from vllm_rc_backend.completion import make_completion
+from vllm_rc_backend.completion import LEARNED, Completion, make_completion
+from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.host_kv.page_cache import DevicePages
 from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import PagedKV, SummaryTags
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
+
+
+def random_maps(heads: int, features: int, head_size: int) -> Features:
+    """Untrained maps, the same at every call: soft clusters around random centres, and the centres' scores."""
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(heads, features, head_size, generator=draw)
+    key_bias, query_bias = torch.randn(2, heads, features, generator=draw)
+    return Features(centres * (2 / head_size**0.5), key_bias, centres, query_bias / 4)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Case:
     Attributes:
         seq_lens: tokens of each sequence after the first decode step; 0 makes a padding row.
         head_first: whether a block holds head after head (HND), or token after token (NHD).
+        features: of a KV head, with the completion ``features``.
         cache_slots: decode through a page cache of so many slots; None: without one.
     """
 
@@ -43,6 +53,7 @@ class Case:
     selection: str = "box"
     group_rule: str = "max"
     completion: str = "linear"
+    features: int = 32
     statistics_bits: int = 16
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None
@@ -70,9 +81,15 @@ class Case:
     def layout(self) -> StoreLayout:
         """The side store's sizes."""
         kv_dtype = self.kv_dtype or self.dtype
-        completion = make_completion(self.completion)
+        completion: Completion
+        if self.completion == LEARNED:
+            completion = random_maps(self.heads, self.features, self.head_size)
+        else:
+            completion = make_completion(self.completion)
         slots = (
-            (len(self.seq_lens) + 1 if self.slots is None else self.slots) if completion.state_rows(1) else 0
+            (len(self.seq_lens) + 1 if self.slots is None else self.slots)
+            if completion.state_rows(self.head_size)
+            else 0
         )
         return StoreLayout(
             heads=self.heads,
@@ -350,7 +367,7 @@ def check_row(
     Raises:
         AssertionError: what differs.
     """
-    geometry, completion = case.geometry, case.layout.completion
+    geometry, completion = case.geometry, attention.store.completion
     kv = PagedKV.packed(kv_cache, case.page_size, case.key_scale, case.value_scale)
     q = query.float().unflatten(0, (case.heads, -1)) * attention.scale
     if not geometry.is_sparse(seq_len):

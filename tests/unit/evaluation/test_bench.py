@@ -35,6 +35,14 @@ def test_bytes_of_a_sparse_step_are_pages_statistics_and_summary() -> None:
     assert bytes_read(LAYER.layout, 32 * K, 3) == 3 * (tokens * 4096 + pages * 8 * 2 * (128 + 2) + summary)
 
 
+def test_bytes_of_feature_maps_count_once_for_all_rows() -> None:
+    layout = replace(LAYER, completion="features", features=64).layout
+    tokens, pages = 2048, 32 * K // 16 - 1 - 4
+    summary = 8 * (64 + 2) * 128 * 2  # S, and u in two planes
+    maps = 8 * 2 * 64 * (128 + 1) * 4
+    assert bytes_read(layout, 32 * K, 3) == 3 * (tokens * 4096 + pages * 8 * 2 * (128 + 2) + summary) + maps
+
+
 def test_bytes_of_a_dense_step_are_the_context() -> None:
     assert bytes_read(replace(LAYER, budget=0.99, dense_threshold=4096).layout, 4096, 2) == 2 * 4096 * 4096
 

@@ -10,7 +10,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, make_shape
+from vllm_rc_backend.attention_triton import MOST_FEATURES, MPS_VARIABLES, Workspace, make_shape
 from vllm_rc_backend.evaluation.kernel_check import Case
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2, "completion": "paged"}
@@ -37,13 +37,25 @@ def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len
         assert work.room // (rows * heads) >= 2
 
 
-def test_two_launches_for_other_policies_and_shared_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_launches_for_other_policies_features_and_shared_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert workspace(**RUNS).joint(1)
     assert not workspace(statistics_bits=8).joint(1)
+    assert not workspace(**RUNS | {"completion": "features"}).joint(1)
     for name in MPS_VARIABLES:
         with monkeypatch.context() as patch:
             patch.setenv(name, "50")
             assert not workspace(**RUNS).joint(1)
+
+
+def test_more_features_than_fit_are_refused() -> None:
+    features = RUNS | {"completion": "features"}
+    assert workspace(**features, features=MOST_FEATURES).shape.features == MOST_FEATURES
+    with pytest.raises(
+        ValueError, match=rf"features_file has {MOST_FEATURES + 1} features .* --features 256"
+    ):
+        workspace(**features, features=MOST_FEATURES + 1)
 
 
 def test_the_buffers_hold_the_partial_results_of_any_batch() -> None:

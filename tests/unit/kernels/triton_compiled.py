@@ -17,7 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_rc_backend import attention_triton
-from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
+from vllm_rc_backend.attention_triton import (
+    MOST_FEATURES,
+    SummaryPlanner,
+    TritonAttention,
+    Workspace,
+    make_shape,
+)
 from vllm_rc_backend.decaying_memory import BLOCK, TILE
 from vllm_rc_backend.evaluation.kernel_check import Case
 from vllm_rc_backend.host_kv import page_cache, staging
@@ -43,6 +49,16 @@ VARIANTS = {
         **{**DEFAULT, "head_size": 256, "budget": 1 / 32}, **RUNS, completion="paged", group=16
     ),
     "page cache": Case(**DEFAULT, **RUNS, completion="paged", cache_slots=64),
+    "features": Case(**DEFAULT, **RUNS, completion="features", features=128),
+    "features, page cache": Case(**DEFAULT, **RUNS, completion="features", features=128, cache_slots=64),
+    "the most features, head size 256, 16 query heads, fp8 cache": Case(
+        **{**DEFAULT, "head_size": 256},
+        **RUNS,
+        completion="features",
+        features=MOST_FEATURES,
+        group=16,
+        kv_dtype=torch.float8_e4m3fn,
+    ),
     "short contexts, head size 64": Case(
         **{**DEFAULT, "max_model_len": 32768, "head_size": 64}, **RUNS, completion="paged"
     ),

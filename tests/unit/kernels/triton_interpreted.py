@@ -13,6 +13,7 @@ from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 from vllm_rc_backend.kernels import reference
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
+FEATURES: dict[str, Any] = {**RUNS, "completion": "features"}
 CASES = {
     "default": (Case(**RUNS, completion="paged", head_size=128), 3),
     "runs, head size 64, ragged, padding row": (
@@ -104,6 +105,73 @@ CASES = {
         ),
         2,
     ),
+    "features, head size 128, ragged, padding row": (
+        Case(**FEATURES, head_size=128, features=48, seq_lens=(300, 0, 90, 230)),
+        3,
+    ),
+    "features, head size 64, fp8 cache with scales, pages of 32, 7 query heads": (
+        Case(
+            **FEATURES,
+            features=100,
+            page_size=32,
+            sink_tokens=32,
+            budget=256,
+            heads=1,
+            group=7,
+            kv_dtype=torch.float8_e4m3fn,
+            key_scale=0.5,
+            value_scale=2.0,
+            seq_lens=(480,),
+        ),
+        2,
+    ),
+    "features, head size 96, token-major blocks of several pages, fp16, 1 query head, box": (
+        Case(
+            completion="features",
+            head_size=96,
+            group=1,
+            head_first=False,
+            pages_per_block=4,
+            dtype=torch.float16,
+            statistics_bits=8,
+        ),
+        2,
+    ),
+    "features, head size 256, pages of 64, no sink, 16 query heads": (
+        Case(
+            **FEATURES,
+            features=128,
+            head_size=256,
+            group=16,
+            heads=1,
+            page_size=64,
+            sink_tokens=0,
+            budget=256,
+            seq_lens=(500,),
+        ),
+        1,
+    ),
+    "features, pages of 128, 5 query heads": (
+        Case(**FEATURES, page_size=128, sink_tokens=128, budget=512, heads=1, group=5, seq_lens=(1000,)),
+        1,
+    ),
+    "features, fewer than an instruction takes, a share of the context, too few slots": (
+        Case(**FEATURES, features=5, budget=0.3, heads=1, slots=1, seq_lens=(300, 400)),
+        2,
+    ),
+    "features, more than elements of a head, selection in two levels": (
+        Case(
+            **FEATURES,
+            features=200,
+            seq_lens=(1500, 600),
+            heads=1,
+            budget=150,
+            sink_tokens=0,
+            max_model_len=70_000,
+        ),
+        1,
+    ),
+    "features, through a page cache": (Case(**FEATURES, seq_lens=(300, 0, 90), cache_slots=5), 3),
     "dense up to a threshold": (Case(dense_threshold=250, seq_lens=(200, 250, 251), heads=1), 2),
     "the budget covers the context": (Case(budget=512, heads=1), 1),
 }
@@ -145,8 +213,9 @@ def test_keys_that_do_not_fit_into_registers(group: int) -> None:
     runner.decode([1200])
 
 
-def test_sequences_that_share_a_prefix_part() -> None:
-    case = Case(seq_lens=(300, 300), heads=1, slots=4)
+@pytest.mark.parametrize("completion", ["linear", "features"])
+def test_sequences_that_share_a_prefix_part(completion: str) -> None:
+    case = Case(seq_lens=(300, 300), heads=1, slots=4, completion=completion)
     runner = Runner(case, "cpu", steps=40)
     shared = 288 // case.page_size  # whole blocks; what follows is each row's own
     runner.block_table[1, :shared] = runner.block_table[0, :shared]

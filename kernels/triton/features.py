@@ -1,0 +1,331 @@
+"""The completion ``features`` on a GPU: twin of ``completion.Features``.
+
+It enters a decode step twice: ``absorb_features`` adds pages to a summary, inside ``update_kernel``, and
+``features_kernel``, a launch between scores and attention, reads the retrieved pages, maps their keys and leaves the
+residual's log-mass and mean value for the merge. Those pages are read twice, the second time out of the second-level
+cache as far as it holds them; the maps stay out of the attention's registers, and the attention as it is.
+
+The maps are float32 and multiplied as two 16-bit terms each: what is subtracted must be what was added, and the
+exponential of a sum over a head's elements does not forgive 8 bits. Everything in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_rc_backend.kernels.triton.choose import choose_pages
+from vllm_rc_backend.kernels.triton.linear import LOG2_E
+from vllm_rc_backend.kernels.triton.matmul import as_operand, dot, dot_split
+from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
+from vllm_rc_backend.kernels.triton.page_cache import cached_rows
+from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
+from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
+from vllm_rc_backend.kernels.triton.summary import load_planes, store_planes
+
+SMALLEST_COUNT = tl.constexpr(1e-6)
+"""As in ``completion.features``."""
+
+CHUNK = tl.constexpr(32)
+"""Elements of a head that a product with the maps takes at a time."""
+
+
+@triton.jit
+def _map(at, real, weight, bias, scale, S: tl.constexpr, N: tl.constexpr):
+    """``W x + b`` of some vectors: float32 ``[block_f, N]``, minus infinity where there is no feature.
+
+    Args:
+        at: pointers ``[N]`` to vectors.
+        real: bool ``[N]``, which of them there are; the others count as zeros.
+        weight: float32 ``[features, head_size]``.
+        bias: float32 ``[features]``.
+        scale: factor of the vectors.
+    """
+    F: tl.constexpr = S.block_f
+    D: tl.constexpr = S.block_d
+    features = tl.arange(0, F)
+    known = features < S.features
+    logits = tl.zeros([F, N], tl.float32)
+    for start in tl.range(0, D, CHUNK, num_stages=3):
+        cols = start + tl.arange(0, CHUNK)
+        some = cols < S.head_size
+        x = tl.load(at[None, :] + cols[:, None], mask=real[None, :] & some[:, None], other=0.0)
+        w = tl.load(
+            weight + features[:, None] * S.head_size + cols[None, :],
+            mask=known[:, None] & some[None, :],
+            other=0.0,
+        )
+        logits = dot_split(w, as_operand(x), logits)
+    b = tl.load(bias + features, mask=known, other=0.0)
+    logits = (logits * scale + b[:, None]) * LOG2_E
+    return tl.where(known[:, None], logits, float("-inf"))
+
+
+@triton.jit
+def _map_keys(at, real, weight, bias, key_scale, S: tl.constexpr, N: tl.constexpr):
+    """phi of some keys: float32 ``[block_f, N]``, columns sum to one, those of no key to zero."""
+    logits = _map(at, real, weight, bias, key_scale, S, N)
+    phi = tl.exp2(logits - tl.max(logits, 0)[None, :])
+    return tl.where(real[None, :], phi / tl.sum(phi, 0)[None, :], 0.0)
+
+
+@triton.jit
+def absorb_features(
+    kv,
+    block_table,
+    weight,
+    bias,
+    state,
+    source,
+    source_slot,
+    begin,
+    end,
+    start,
+    key_scale,
+    value_scale,
+    stride_block,
+    stride_token,
+    S: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Columns ``[start, start + COLS)`` of S, and with the first of them u: tokens ``[begin, end)``, plus ``source`` if
+    its slot is not -1. All pointers are to the head.
+    """
+    g: tl.constexpr = S.geometry
+    d: tl.constexpr = S.head_size
+    F: tl.constexpr = S.block_f
+    features = tl.arange(0, F)
+    cols = start + tl.arange(0, COLS)
+    known, real_cols = features < S.features, cols < d
+    weighted = tl.zeros([F, COLS], tl.float32)
+    u = tl.zeros([F], tl.float32)
+    for first in tl.range(begin, end, TILE, num_stages=1):  # ``_map`` has loads in flight
+        token = first + tl.arange(0, TILE)
+        real = token < end
+        at = kv + token_rows(block_table, token, real, stride_block, stride_token, g)
+        phi = _map_keys(at, real, weight, bias, key_scale, S, TILE)
+        values = tl.load(at[:, None] + d + cols[None, :], mask=real[:, None] & real_cols[None, :], other=0.0)
+        # Added in float32, as in ``absorb_columns``: matrix units truncate what they add up.
+        weighted += dot_split(phi, as_operand(values), tl.zeros([F, COLS], tl.float32)) * value_scale
+        u += tl.sum(phi, 1)
+
+    LOW: tl.constexpr = S.state_rows * d  # from the high plane to the low one
+    tile = features[:, None] * d + cols[None, :]
+    whole = known[:, None] & real_cols[None, :]
+    counts = S.features * d + features
+    if source_slot >= 0:
+        weighted += load_planes(source + tile, whole, LOW)
+        u += load_planes(source + counts, known, LOW)
+    store_planes(state + tile, weighted, whole, LOW)
+    if start == 0:
+        U: tl.constexpr = S.block_u
+        padding = tl.arange(0, U)
+        padded = (padding >= S.features) & (padding < LOW - S.features * d)
+        zeros = tl.zeros([U], tl.float32)
+        store_planes(state + S.features * d + padding, zeros, padded, LOW)
+        store_planes(state + counts, u, known, LOW)
+
+
+@triton.jit
+def features_kernel(
+    query,
+    kv,
+    content,
+    reading,
+    key_weight,
+    key_bias,
+    query_weight,
+    query_bias,
+    states,
+    block_table,
+    seq_lens,
+    slots,
+    keys,
+    maxima,
+    groups,
+    chosen,
+    selected,
+    partial_out,
+    partial_stats,
+    counts,
+    arrived,
+    scale,
+    key_scale,
+    value_scale,
+    stride_row,
+    stride_query_head,
+    stride_block,
+    stride_head,
+    stride_token,
+    stride_table,
+    max_pages,
+    max_groups,
+    max_selected,
+    max_read,
+    attenders,
+    S: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+    STATS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Grid (heads, attenders, rows): the pages of each row, and what they leave of its summary.
+
+    The programs of a (row, head) share out its retrieved pages, each finds its own, as in ``decode_kernel``, and the
+    last to arrive writes the residual where the merge looks for it. Arguments as there, and:
+
+    Args:
+        key_weight, key_bias, query_weight, query_bias: of ``completion.Features``.
+        partial_out: row ``attenders`` out: the residual's mean value; the others are scratch.
+        partial_stats: row ``attenders`` out: its log-mass.
+        counts: float32 ``[rows, heads, attenders, features]`` scratch.
+        arrived: int32 ``[rows, heads]``, zero between launches.
+    """
+    let_next_start(OVERLAP)
+    g: tl.constexpr = S.geometry
+    D: tl.constexpr = S.block_d
+    M: tl.constexpr = S.block_m
+    F: tl.constexpr = S.block_f
+    d: tl.constexpr = S.head_size
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq_len = tl.load(seq_lens + row)
+    slot = tl.load(slots + row)
+    pages = mid_end(seq_len, g) - g.sink_pages
+    retrieved = retrieved_pages(seq_len, g)
+    share = tl.cdiv(retrieved, attenders)
+    splits = tl.cdiv(retrieved, tl.maximum(share, 1))
+
+    lane = row.to(tl.int64) * S.heads + head
+    keys += lane * max_pages
+    maxima += lane * max_groups
+    selected += lane * max_selected
+    chosen += lane * max_selected
+    partial_out += lane * (attenders + 1) * S.merge_rows * D
+    partial_stats += (lane * (attenders + 1) + attenders) * STATS * S.merge_rows
+    counts += lane * attenders * S.features
+    query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
+    block_table += row.to(tl.int64) * stride_table
+    kv += head.to(tl.int64) * stride_head
+    if reading is not None:
+        reading += lane * max_read
+    key_weight += head * S.features * d
+    query_weight += head * S.features * d
+    key_bias += head * S.features
+    query_bias += head * S.features
+    state = states + (tl.maximum(slot, 0).to(tl.int64) * S.heads + head) * (2 * S.state_rows * d)
+
+    wait_for_previous(OVERLAP)
+    if is_sparse(seq_len, g) & (split < splits):
+        first, last = split * share, tl.minimum((split + 1) * share, retrieved)
+        if reading is None:
+            choose_pages(
+                keys,
+                maxima,
+                groups + (lane * attenders + split) * max_selected,
+                chosen,
+                selected,
+                block_table,
+                pages,
+                retrieved,
+                first,
+                last,
+                S,
+                GROUP,
+                BLOCKS,
+            )
+        if slot >= 0:
+            heads = tl.arange(0, M)
+            cols = tl.arange(0, D)
+            features = tl.arange(0, F)
+            known = features < S.features
+            asked = heads < S.group
+            out_at = heads[:, None] * D + cols[None, :]
+            real_out = asked[:, None] & (cols < d)[None, :]
+            logits = _map(query + heads * stride_query_head, asked, query_weight, query_bias, scale, S, M)
+            most = tl.max(logits, 0)
+            psi = tl.trans(tl.exp2(logits - most[None, :]))  # [M, F], at most 1
+
+            weighted = tl.zeros([M, D], tl.float32)
+            u = tl.zeros([F], tl.float32)
+            for start in tl.range(first * g.page_size, last * g.page_size, TILE, num_stages=1):
+                j = start + tl.arange(0, TILE)
+                real = j < last * g.page_size
+                if reading is None:
+                    page = tl.load(selected + j // g.page_size, mask=real, other=0)
+                    at = kv + page_rows(page, j % g.page_size, stride_block, stride_token, g)
+                else:
+                    at = cached_rows(kv, content, reading, j, real, stride_block, stride_token, S)
+                phi = _map_keys(at, real, key_weight, key_bias, key_scale, S, TILE)
+                u += tl.sum(phi, 1)
+                values = as_operand(
+                    tl.load(
+                        at[:, None] + d + cols[None, :], mask=real[:, None] & (cols < d)[None, :], other=0.0
+                    )
+                )
+                weights = dot(psi, phi, tl.zeros([M, TILE], tl.float32))
+                weighted = dot(weights.to(values.dtype), values, weighted)
+            tl.store(partial_out + split * S.merge_rows * D + out_at, weighted * value_scale, mask=real_out)
+            tl.store(counts + split * S.features + features, u, mask=known)
+
+            tl.debug_barrier()  # all of this program's partial is written before it arrives
+            if tl.atomic_add(arrived + lane, 1, sem="acq_rel") == splits - 1:
+                tl.store(arrived + lane, 0)
+                _residual(
+                    logits, psi, state, partial_out, partial_stats, counts, splits, attenders, S, SPLITS
+                )
+
+
+@triton.jit
+def _residual(
+    logits,
+    psi,
+    state,
+    partial_out,
+    partial_stats,
+    counts,
+    splits,
+    attenders,
+    S: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Subtract what all programs of a (row, head) retrieved from its summary; write the rest's log-mass and mean value.
+
+    Args:
+        logits: ``[block_f, block_m]``, ``A q + a``.
+        psi: ``[block_m, block_f]``, their exponentials, divided by the largest of each query.
+    """
+    F: tl.constexpr = S.block_f
+    M: tl.constexpr = S.block_m
+    D: tl.constexpr = S.block_d
+    d: tl.constexpr = S.head_size
+    heads, features, split = tl.arange(0, M), tl.arange(0, F), tl.arange(0, SPLITS)
+    known, asked, there = features < S.features, heads < S.group, split < splits
+    retrieved = tl.load(
+        counts + split[:, None] * S.features + features[None, :],
+        mask=there[:, None] & known[None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    u = load_planes(state + S.features * d + features, known, S.state_rows * d) - tl.sum(retrieved, 0)
+    scores = logits + tl.log2(tl.maximum(u, SMALLEST_COUNT))[:, None]
+    high = tl.max(scores, 0)
+    log_mass = high + tl.log2(tl.sum(tl.exp2(scores - high[None, :]), 0))
+    tl.store(partial_stats + heads, log_mass, mask=asked)
+    grow = tl.exp2(tl.max(logits, 0) - log_mass)
+    for start in tl.static_range(0, D, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        some = cols < d
+        at = heads[:, None] * D + cols[None, :]
+        real = asked[:, None] & some[None, :]
+        weighted = tl.load(
+            partial_out + split[:, None, None] * (S.merge_rows * D) + at[None, :, :],
+            mask=there[:, None, None] & real[None, :, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        rows = tl.load(
+            state + features[:, None] * d + cols[None, :], mask=known[:, None] & some[None, :], other=0.0
+        )
+        value = dot_split(psi, rows, -tl.sum(weighted, 0)) * grow[:, None]
+        tl.store(partial_out + attenders * (S.merge_rows * D) + at, value, mask=real)
