@@ -72,9 +72,10 @@ def with_features(folder: Path, features: int = 48) -> dict[str, Any]:
     from vllm_rc_backend.evaluation.kernel_check import random_maps
 
     config = json.loads(Path(MODEL, "config.json").read_text())
-    maps = random_maps(config["num_key_value_heads"], features, config["head_dim"])
+    sizes = config["num_key_value_heads"], features, config["head_dim"]
     path = folder / "maps.safetensors"
-    FeatureFile([maps] * config["num_hidden_layers"], fingerprint(config)).save(path)
+    layers = [random_maps(*sizes) for _ in range(config["num_hidden_layers"])]
+    FeatureFile(layers, fingerprint(config)).save(path)
     return {"completion": "features", "features_file": str(path)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ..harness import FULL, SMALL, Prompt, answers, assert_same, engine, greedy
+from ..harness import FULL, SMALL, Prompt, answers, assert_same, engine, greedy, with_features
 from .conftest import Audit
 
 GEMMA3 = {
@@ -55,16 +55,20 @@ def test_sliding_window_layers_stay_dense(
     audit.assert_right()
 
 
-def test_tensor_parallel_equals_one_rank(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks, each with its own KV heads, statistics and summaries, in processes of their own."""
+@pytest.mark.parametrize("completion", ["default", "features"])
+def test_tensor_parallel_equals_one_rank(
+    completion: str, prompt: Prompt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two ranks, each with its own KV heads, statistics, summaries and maps, in processes of their own."""
+    options = SMALL if completion == "default" else SMALL | with_features(tmp_path)
     monkeypatch.setenv(
         "VLLM_CPU_OMP_THREADS_BIND", "0|1"
     )  # a machine with one memory node has no other choice
     prompts = [prompt(700, 1), prompt(450, 2)]
     settings = {"kv_cache_memory_bytes": 64 << 20}
-    with engine("rc_topk", SMALL, **settings) as llm:
+    with engine("rc_topk", options, **settings) as llm:
         expected = answers(llm.generate(prompts, greedy(16), use_tqdm=False))
-    with engine("rc_topk", SMALL, tensor_parallel_size=2, **settings) as llm:
+    with engine("rc_topk", options, tensor_parallel_size=2, **settings) as llm:
         got = answers(llm.generate(prompts, greedy(16), use_tqdm=False))
     assert_same(got, expected, tolerance=5e-3)
 
