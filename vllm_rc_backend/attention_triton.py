@@ -18,9 +18,10 @@ from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.host_kv.page_cache import LayerPages
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
-from vllm_rc_backend.kernels.triton.decode import PARTIAL_STATS, decode_kernel
+from vllm_rc_backend.kernels.triton.decode import decode_kernel
 from vllm_rc_backend.kernels.triton.features import features_kernel
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED
+from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS
 from vllm_rc_backend.kernels.triton.page_cache import choose_kernel
 from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
 from vllm_rc_backend.kernels.triton.statistics import finish_pages_kernel
@@ -126,6 +127,8 @@ class Tuning:
     joint_programs: int = 3  # per multiprocessor
     joint_warps: int = 4
     features_elements: int = 4096  # features of tokens at a time
+    joint_splits: int = 32
+    joint_columns: int = 16  # of a head, that a program merges at a time
     merge_elements: int = 8192  # of partial results at a time
     update_columns: int = 32
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
@@ -179,7 +182,6 @@ class Workspace:
         else:
             page_bytes = shape.block_d * statistics_bits // 8
         self._score_tile = max(32, min(tuning.score_elements // page_bytes, 128))
-        self.merge_splits = max(1, min(tuning.merge_elements // (shape.merge_rows * shape.block_d), 16))
         self.max_pages = max(max_model_len // geometry.page_size, 1)
         self.max_selected = most_retrieved_pages(geometry, max_model_len)
         # Neighbours per maximum, so that the two levels of the selection have about equally much to look at.
@@ -214,7 +216,7 @@ class Workspace:
         self.partial_out = empty(most_partials, shape.merge_rows, shape.block_d, dtype=torch.float32)
         self.counts = empty(most_splits, shape.features, dtype=torch.float32)
         self.partial_stats = empty(most_partials, PARTIAL_STATS.value, shape.merge_rows, dtype=torch.float32)
-        self.arrivals = torch.zeros(2, max_rows, heads, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(3, max_rows, heads, dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self.rotation = rotation_matrix(shape.head_size, device) if shape.query_map == "runs" else None
 
@@ -261,8 +263,15 @@ class Workspace:
         """Programs that attend to the tokens of one (row, head)."""
         lanes, tuning = rows * self.shape.heads, self.tuning
         if self.joint(rows):
-            return max(1, min(self.room // lanes, tuning.most_splits))
+            return max(1, min(self.room // lanes, tuning.joint_splits))
         return max(1, min(-(-self.processors * tuning.decode_programs // lanes), tuning.most_splits))
+
+    def merge_tile(self, rows: int) -> tuple[int, int]:
+        """Partial results, and columns of them, that a program merges at a time."""
+        shape = self.shape
+        columns = min(self.tuning.joint_columns, shape.block_d) if self.joint(rows) else shape.block_d
+        room = max(1, self.tuning.merge_elements // (shape.merge_rows * columns))
+        return min(next_power_of_2(self.attenders(rows)), room), columns
 
 
 class SummaryPlanner:
@@ -530,6 +539,7 @@ class TritonAttention:
         scorers, attenders = work.scorers(rows), work.attenders(rows)
         joint = scores and attends
         splits = max(scorers, attenders) if joint else scorers if scores else attenders + 1
+        merge_splits, merge_columns = work.merge_tile(rows)
         decode_kernel[(self.shape.heads, splits, rows)](
             query,
             kv,
@@ -551,8 +561,7 @@ class TritonAttention:
             work.selected,
             work.partial_out,
             work.partial_stats,
-            work.arrivals[0],
-            work.arrivals[1],
+            *work.arrivals,
             out,
             work.counters,
             self.scale,
@@ -579,12 +588,13 @@ class TritonAttention:
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
             TILE=work.decode_tile(joint),
-            MERGE=work.merge_splits,
-            OVERLAP=work.overlap and not joint,
+            MERGE=merge_splits,
+            COLS=merge_columns,
+            OVERLAP=work.overlap,
             num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,
             num_stages=tuning.decode_stages,
             maxnreg=work.most_registers if joint else None,
-            launch_pdl=work.overlap and not joint,
+            launch_pdl=work.overlap,
         )
 
     def _cache(self, kv_cache: Tensor) -> Tensor:

@@ -4,10 +4,11 @@
 Two phases. First the programs of a (row, KV head) score its pages between them (``score.py``). Then they share out its
 tokens: those of the retrieved pages, of which each finds its own share (``choose.py``), and the anchors; a row that is
 not sparse has only "anchors", all of its tokens. Each writes a partial result, what the summary says of the query is
-one more, and the last to arrive merges them and divides once.
+one more, and they are merged and divided once (``merge.py``).
 
 In a small batch both phases are one launch, and programs wait in between until the scores of their (row, KV head) are
-there; it must be small enough for all programs to run at the same time. Otherwise each phase is a launch.
+there, and before they merge until the partial results are; it must be small enough for all programs to run at the same
+time. Otherwise each phase is a launch.
 
 The retrieved tokens' sum of values is wanted too, and comes out of the same matrix product: a query row that scores 0
 on retrieved tokens and minus infinity on all others has it as its unnormalised output.
@@ -17,24 +18,15 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
-from vllm_rc_backend.kernels.triton.linear import LOG2_E, residual, tilt
-from vllm_rc_backend.kernels.triton.mass import (
-    finite,
-    page_scores,
-    retrieved_mass,
-    total_mass,
-    unread_log_mass,
-)
+from vllm_rc_backend.kernels.triton.linear import LOG2_E, tilt
+from vllm_rc_backend.kernels.triton.mass import finite, page_scores, retrieved_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
-from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
+from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
+from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_count, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 from vllm_rc_backend.kernels.triton.score import score_pages
-
-PARTIAL_STATS = tl.constexpr(5)
-"""Rows of numbers beside a partial result: maximum, sum, sum of scores; of ``retrieved_mass`` maximum and sum."""
-
 
 @triton.jit
 def _rows(
@@ -149,6 +141,7 @@ def decode_kernel(
     partial_stats,
     scored,
     attended,
+    merged,
     out,
     counters,
     scale,
@@ -178,6 +171,7 @@ def decode_kernel(
     BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     MERGE: tl.constexpr,
+    COLS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. A launch that only
@@ -197,7 +191,7 @@ def decode_kernel(
         chosen, selected: int32 ``[rows, heads, max_selected]`` out, see there.
         partial_out: float32 ``[rows, heads, splits + 1, merge_rows, block_d]`` scratch.
         partial_stats: float32 ``[rows, heads, splits + 1, PARTIAL_STATS, merge_rows]`` scratch.
-        scored, attended: int32 ``[rows, heads]``, programs that have done the phase; zero between launches.
+        scored, attended, merged: int32 ``[rows, heads]``, programs that have done so; zero between launches.
         out: ``[rows, heads * group, head_size]``.
         counters: int64, see ``attention_triton.COUNTERS``.
         scorers, attenders: programs of each (row, head) that take part in the phases.
@@ -291,9 +285,7 @@ def decode_kernel(
                     last = first  # all are chosen already
                 if first < last:
                     if SCORES:
-                        # All programs of the launch run at the same time, so this ends.
-                        while tl.atomic_add(scored + lane, 0, sem="acquire") < scorers:
-                            pass
+                        wait_for_count(scored + lane, scorers)
                     choose_pages(
                         keys,
                         maxima,
@@ -336,29 +328,44 @@ def decode_kernel(
             if S.first_order and not SCORES:
                 arriving += (slot >= 0).to(tl.int32)
             tl.debug_barrier()  # all of this program's partial is written before it arrives
-            if tl.atomic_add(attended + lane, 1, sem="acq_rel") == arriving - 1:
-                tl.store(attended + lane, 0)
-                tl.store(scored + lane, 0)
-                _merge(
-                    partial_out,
-                    partial_stats,
-                    masses,
-                    scorers,
-                    splits,
-                    slot,
-                    n_mid,
-                    n_retrieved,
-                    out + row.to(tl.int64) * stride_out + head * S.group * stride_out_head,
-                    stride_out_head,
-                    counters,
-                    head,
-                    attenders,
-                    S,
-                    MERGE,
-                    MASSES,
-                )
-                if head == 0:
-                    _count(counters, sparse, slot, seq_len, n_read, pages, S)
+            arrived = tl.atomic_add(attended + lane, 1, sem="acq_rel") + 1
+            # Of the programs that run at the same time some merge some columns each, otherwise the last all of them.
+            mergers, merger = 1, tl.where(arrived == arriving, 0, 1)
+            if SCORES:
+                mergers, merger = tl.minimum(splits, D // COLS), split
+            if merger < mergers:
+                if SCORES:
+                    wait_for_count(attended + lane, arriving)
+                for part in range(merger, D // COLS, mergers):
+                    merge_columns(
+                        partial_out,
+                        partial_stats,
+                        masses,
+                        scorers,
+                        splits,
+                        slot,
+                        n_mid,
+                        n_retrieved,
+                        part * COLS,
+                        out + row.to(tl.int64) * stride_out + head * S.group * stride_out_head,
+                        stride_out_head,
+                        counters,
+                        head,
+                        attenders,
+                        S,
+                        MERGE,
+                        COLS,
+                        MASSES,
+                    )
+                all_merged = True
+                if SCORES:
+                    all_merged = tl.atomic_add(merged + lane, 1, sem="relaxed") == mergers - 1
+                if all_merged:
+                    tl.store(scored + lane, 0)
+                    tl.store(attended + lane, 0)
+                    tl.store(merged + lane, 0)
+                    if head == 0:
+                        _count(counters, sparse, slot, seq_len, n_read, pages, S)
 
 
 @triton.jit
@@ -456,98 +463,3 @@ def _attend_split(
         m, total = retrieved_mass(scores, chosen, head_scores, first, last, S)
         tl.store(partial_stats + 3 * R + heads, m, mask=counted)
         tl.store(partial_stats + 4 * R + heads, total, mask=counted)
-
-
-@triton.jit
-def _merge(
-    partial_out,
-    partial_stats,
-    masses,
-    scorers,
-    splits,
-    slot,
-    n_mid,
-    n_retrieved,
-    out,
-    stride_out_head,
-    counters,
-    head,
-    attenders,
-    S: tl.constexpr,
-    MERGE: tl.constexpr,
-    MASSES: tl.constexpr,
-):
-    """Add up the partials of one (row, head), the residual's among them, and divide."""
-    R: tl.constexpr = S.merge_rows
-    D: tl.constexpr = S.block_d
-    heads = tl.arange(0, R)
-    cols = tl.arange(0, D)
-    counted = heads <= S.group
-    kept = counted[:, None] & (cols < S.head_size)[None, :]
-    tile_at = heads[:, None] * D + cols[None, :]
-    if S.completion != "none":
-        # Asked for first, so that they are under way beside the others: each is a trip to the second-level cache.
-        # What is read of a row without a summary is not used.
-        rows = tl.load(partial_out + attenders * R * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg")
-        q_K1 = tl.load(
-            partial_stats + attenders * PARTIAL_STATS * R + heads,
-            mask=counted,
-            other=0.0,
-            cache_modifier=".cg",
-        )
-    if S.completion == "paged":
-        all_m, all_mass = total_mass(masses, scorers, S, MASSES)
-    m = tl.full([R], float("-inf"), tl.float32)
-    total = tl.zeros([R], tl.float32)
-    scores_sum = tl.zeros([R], tl.float32)
-    mass_m = tl.full([R], float("-inf"), tl.float32)
-    mass = tl.zeros([R], tl.float32)
-    o = tl.zeros([R, D], tl.float32)
-    for start in range(0, splits, MERGE):
-        # Unrolled, so that many loads are under way at once.
-        for i in tl.static_range(MERGE):
-            split = start + i
-            there = heads <= tl.where(split < splits, S.group, -1)
-            at = partial_stats + split * PARTIAL_STATS * R + heads
-            m_part = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
-            total_part = tl.load(at + R, mask=there, other=0.0, cache_modifier=".cg")
-            scores_sum += tl.load(at + 2 * R, mask=there, other=0.0, cache_modifier=".cg")
-            o_part = tl.load(
-                partial_out + split * R * D + tile_at,
-                mask=there[:, None] & (cols < S.head_size)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_m = tl.maximum(m, m_part)
-            decay, weight = tl.exp2(m - finite(new_m)), tl.exp2(m_part - finite(new_m))
-            total = total * decay + total_part * weight
-            o = o * decay[:, None] + o_part * weight[:, None]
-            m = new_m
-            if S.completion == "paged":
-                m_part = tl.load(at + 3 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
-                mass_part = tl.load(at + 4 * R, mask=there, other=0.0, cache_modifier=".cg")
-                new_m = tl.maximum(mass_m, m_part)
-                mass = mass * tl.exp2(mass_m - finite(new_m)) + mass_part * tl.exp2(m_part - finite(new_m))
-                mass_m = new_m
-    if S.completion != "none":
-        if slot >= 0:
-            if S.first_order:
-                log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
-            else:
-                log_mass, value = q_K1, rows
-            if S.completion == "paged":
-                log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
-            M_all = finite(tl.maximum(m, log_mass))
-            D_U = tl.exp2(log_mass - M_all)
-            shrink = tl.exp2(m - M_all)
-            total = total * shrink + D_U
-            o = o * shrink[:, None] + D_U[:, None] * value
-            if head == 0:
-                share = tl.sum(tl.where(heads < S.group, D_U / total, 0.0), 0) / S.group
-                tl.atomic_add(counters + 6, (share * 1e6).to(tl.int64), sem="relaxed")
-    o = o / tl.where(total == 0.0, 1.0, total)[:, None]  # a padding row has read nothing: zeros
-    tl.store(
-        out + heads[:, None] * stride_out_head + cols[None, :],
-        o.to(out.dtype.element_ty),
-        mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
-    )

@@ -1,0 +1,121 @@
+"""Partial results of a (row, KV head) become its output: twin of the end of ``reference.decode_sparse``.
+
+A program does some columns of the head at a time. Where all programs of a launch run at the same time, several share
+the columns out once the last partial is there; otherwise the last to arrive does all of them.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_rc_backend.kernels.triton.linear import residual
+from vllm_rc_backend.kernels.triton.mass import finite, total_mass, unread_log_mass
+
+PARTIAL_STATS = tl.constexpr(5)
+"""Rows of numbers beside a partial result: maximum, sum, sum of scores; of ``retrieved_mass`` maximum and sum."""
+
+
+@triton.jit
+def merge_columns(
+    partial_out,
+    partial_stats,
+    masses,
+    scorers,
+    splits,
+    slot,
+    n_mid,
+    n_retrieved,
+    first,
+    out,
+    stride_out_head,
+    counters,
+    head,
+    attenders,
+    S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    COLS: tl.constexpr,
+    MASSES: tl.constexpr,
+):
+    """Add up columns ``[first, first + COLS)`` of the partials, the residual's among them, and divide.
+
+    Args:
+        partial_out, partial_stats, masses: see ``decode_kernel``; they point to the (row, head).
+        SPLITS: partials that are looked at at a time.
+    """
+    R: tl.constexpr = S.merge_rows
+    D: tl.constexpr = S.block_d
+    heads = tl.arange(0, R)
+    cols = first + tl.arange(0, COLS)
+    counted = heads <= S.group
+    kept = counted[:, None] & (cols < S.head_size)[None, :]
+    tile_at = heads[:, None] * D + cols[None, :]
+    # .cg everywhere: written by other programs of this launch, so the first-level cache may not answer.
+    if S.completion != "none":
+        # Asked for first, so that they are under way beside the others: each is a trip to the second-level cache.
+        # What is read of a row without a summary is not used.
+        rows = tl.load(partial_out + attenders * R * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg")
+        q_K1 = tl.load(
+            partial_stats + attenders * PARTIAL_STATS * R + heads,
+            mask=counted,
+            other=0.0,
+            cache_modifier=".cg",
+        )
+    if S.completion == "paged":
+        all_m, all_mass = total_mass(masses, scorers, S, MASSES)
+    m = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    scores_sum = tl.zeros([R], tl.float32)
+    mass_m = tl.full([R], float("-inf"), tl.float32)
+    mass = tl.zeros([R], tl.float32)
+    o = tl.zeros([R, COLS], tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        there = (split < splits)[:, None] & counted[None, :]
+        at = partial_stats + split[:, None] * (PARTIAL_STATS * R) + heads[None, :]
+        o_part = tl.load(
+            partial_out + split[:, None, None] * (R * D) + tile_at[None, :, :],
+            mask=there[:, :, None] & (cols < S.head_size)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        m_part = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        total_part = tl.load(at + R, mask=there, other=0.0, cache_modifier=".cg")
+        if S.first_order:
+            scores_part = tl.load(at + 2 * R, mask=there, other=0.0, cache_modifier=".cg")
+            scores_sum += tl.sum(scores_part, 0)
+        if S.completion == "paged":
+            mass_m_part = tl.load(at + 3 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
+            mass_part = tl.load(at + 4 * R, mask=there, other=0.0, cache_modifier=".cg")
+            mass_m, decay, weight = _rescaled(mass_m, mass_m_part)
+            mass = mass * decay + tl.sum(mass_part * weight, 0)
+        m, decay, weight = _rescaled(m, m_part)
+        total = total * decay + tl.sum(total_part * weight, 0)
+        o = o * decay[:, None] + tl.sum(o_part * weight[:, :, None], 0)
+    if S.completion != "none":
+        if slot >= 0:
+            if S.first_order:
+                log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
+            else:
+                log_mass, value = q_K1, rows  # as ``features.py`` left it
+            if S.completion == "paged":
+                log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
+            M_all = finite(tl.maximum(m, log_mass))
+            D_U = tl.exp2(log_mass - M_all)
+            shrink = tl.exp2(m - M_all)
+            total = total * shrink + D_U
+            o = o * shrink[:, None] + D_U[:, None] * value
+            if (head == 0) & (first == 0):
+                share = tl.sum(tl.where(heads < S.group, D_U / total, 0.0), 0) / S.group
+                tl.atomic_add(counters + 6, (share * 1e6).to(tl.int64), sem="relaxed")
+    o = o / tl.where(total == 0.0, 1.0, total)[:, None]  # a padding row has read nothing: zeros
+    tl.store(
+        out + heads[:, None] * stride_out_head + cols[None, :],
+        o.to(out.dtype.element_ty),
+        mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
+    )
+
+
+@triton.jit
+def _rescaled(m, parts):
+    """The maximum ``[R]`` with more parts ``[n, R]``, and the factors of what was summed under the old ones."""
+    new = tl.maximum(m, tl.max(parts, 0))
+    return new, tl.exp2(m - finite(new)), tl.exp2(parts - finite(new)[None, :])
