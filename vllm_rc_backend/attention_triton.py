@@ -128,8 +128,9 @@ class Tuning:
     joint_warps: int = 4
     features_elements: int = 4096  # features of tokens at a time
     joint_splits: int = 32
-    joint_columns: int = 16  # of a head, that a program merges at a time
     merge_elements: int = 8192  # of partial results at a time
+    merge_columns: int = 256  # of a head, that a program merges at a time
+    joint_columns: int = 16
     update_columns: int = 32
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
 
@@ -206,7 +207,6 @@ class Workspace:
             max_rows, heads, self.max_pages if paged else 0, shape.group, dtype=torch.float16
         )
         self.chosen = empty(max_rows, heads, self.max_selected)
-        self.selected = empty(max_rows, heads, self.max_selected)
         every = range(1, max_rows + 1)
         most_scorers = max(rows * self.scorers(rows) for rows in every) * heads
         self.masses = empty(most_scorers if paged else 0, 2, shape.block_n, dtype=torch.float32)
@@ -269,8 +269,9 @@ class Workspace:
     def merge_tile(self, rows: int) -> tuple[int, int]:
         """Partial results, and columns of them, that a program merges at a time."""
         shape = self.shape
-        columns = min(self.tuning.joint_columns, shape.block_d) if self.joint(rows) else shape.block_d
-        room = max(1, self.tuning.merge_elements // (shape.merge_rows * columns))
+        tuning = self.tuning
+        columns = min(tuning.joint_columns if self.joint(rows) else tuning.merge_columns, shape.block_d)
+        room = max(1, tuning.merge_elements // (shape.merge_rows * columns))
         return min(next_power_of_2(self.attenders(rows)), room), columns
 
 
@@ -413,8 +414,8 @@ class TritonAttention:
         self.update(kv, block_table, seq_lens, plan)
         if self.pages is not None:
             self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
-            self.choose(block_table, seq_lens)
-            self.pages.fetch(self.workspace.selected, kv, block_table, seq_lens)
+            self.choose(seq_lens)
+            self.pages.fetch(self.workspace.chosen, kv, block_table, seq_lens)
             self.complete(query, kv, block_table, seq_lens, plan)
             self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
         elif self.workspace.joint(len(seq_lens)):
@@ -451,7 +452,7 @@ class TritonAttention:
             num_warps=4,
         )
 
-    def choose(self, block_table: Tensor, seq_lens: Tensor) -> None:
+    def choose(self, seq_lens: Tensor) -> None:
         """The pages of all rows, as a launch of its own: what is read must be known before it is fetched."""
         work = self.workspace
         choose_kernel[(self.shape.heads, len(seq_lens))](
@@ -459,10 +460,7 @@ class TritonAttention:
             work.maxima,
             work.groups,
             work.chosen,
-            work.selected,
-            block_table,
             seq_lens,
-            block_table.stride(0),
             work.max_pages,
             work.max_groups,
             work.max_selected,
@@ -495,7 +493,6 @@ class TritonAttention:
             work.maxima,
             work.groups,
             work.chosen,
-            work.selected,
             work.partial_out,
             work.partial_stats,
             work.counts,
@@ -558,7 +555,6 @@ class TritonAttention:
             work.masses,
             work.groups,
             work.chosen,
-            work.selected,
             work.partial_out,
             work.partial_stats,
             *work.arrivals,

@@ -9,7 +9,6 @@ pages), so it looks at the maxima and then only at the pages of k groups.
 import triton
 import triton.language as tl
 
-from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.topk import (
     HIGHEST,
     LOWEST,
@@ -21,17 +20,17 @@ from vllm_rc_backend.kernels.triton.topk import (
 
 
 @triton.jit
-def _place(what, x, real, t, ties, base, first, last, out):
-    """Write what is above t, and the first ``ties`` keys equal to it, to ``out`` from ``base`` on, as far as it falls
-    into places ``[first, last)``.
+def _place(position, x, real, t, ties, base, first, last, out):
+    """Write the positions of what is above t, and of the first ``ties`` keys equal to it, to ``out`` from ``base`` on,
+    as far as they fall into places ``[first, last)``.
 
-    Returns how many keys up to each are above t, how many equal it, the places and whether they were written.
+    Returns how many keys up to each are above t, and how many equal it.
     """
     above, equal = running_counts(x, t)
     place = base + above + tl.minimum(equal, ties) - 1
     take = real & ((x > t) | ((x == t) & (equal <= ties))) & (place >= first) & (place < last)
-    tl.store(out + place, what, mask=take)
-    return above, equal, place, take
+    tl.store(out + place, position, mask=take)
+    return above, equal
 
 
 @triton.jit
@@ -46,20 +45,15 @@ def _top(
     first,
     last,
     out,
-    pages_out,
-    table,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
     FINAL: tl.constexpr,
-    S: tl.constexpr,
 ):
-    """Ranks ``[first, last)``, in order of position, of the k largest of n keys: positions to ``out``, and if FINAL the
-    physical ids of those pages to ``pages_out``.
+    """Ranks ``[first, last)``, in order of position, of the k largest of n keys: their positions to ``out``.
 
     Returns bounds of the keys that may still be among the k best.
     """
-    g: tl.constexpr = S.geometry
     if SINGLE:
         index, x, real = load_keys(keys, groups, 0, n, limit, GROUP, BLOCK)
         if not FINAL or GROUP == 1:
@@ -67,17 +61,13 @@ def _top(
             high = tl.max(x, 0) + 1
         t = threshold(x, k, low, high)
         ties = k - tl.sum((x > t).to(tl.int32), 0)
-        _, _, place, take = _place(index, x, real, t, ties, 0, first, last, out)
-        if FINAL:
-            tl.store(pages_out + place, page_of(table, index + g.sink_pages, take, g), mask=take)
+        _place(index, x, real, t, ties, 0, first, last, out)
     else:
         t, all_above = threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP, BLOCK)
         ties, base = k - all_above, 0
         for start in range(0, n, BLOCK):
             index, x, real = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
-            above, equal, place, take = _place(index, x, real, t, ties, base, first, last, out)
-            if FINAL:
-                tl.store(pages_out + place, page_of(table, index + g.sink_pages, take, g), mask=take)
+            above, equal = _place(index, x, real, t, ties, base, first, last, out)
             used = tl.minimum(tl.max(equal, 0), ties)
             base += tl.max(above, 0) + used
             ties -= used
@@ -90,13 +80,10 @@ def choose_pages(
     maxima,
     groups,
     chosen,
-    selected,
-    table,
     pages,
     k,
     first,
     last,
-    S: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -106,7 +93,6 @@ def choose_pages(
         keys, maxima: from ``score_pages``.
         groups: int32 ``[k]`` scratch of this program.
         chosen: int32 ``[k]`` out: places in the mid region.
-        selected: int32 ``[k]`` out: physical ids.
     """
     low, high = tl.full([], LOWEST, tl.int32), tl.full([], HIGHEST, tl.int32)
     n = pages
@@ -124,13 +110,10 @@ def choose_pages(
                 0,
                 k,
                 groups,
-                groups,
-                table,
                 1,
                 BLOCKS[0][0],
                 BLOCKS[0][1],
                 False,
-                S,
             )
         else:
             for start in range(0, n_groups, BLOCKS[0][0]):
@@ -149,12 +132,9 @@ def choose_pages(
         first,
         last,
         chosen,
-        selected,
-        table,
         GROUP,
         BLOCKS[1][0],
         BLOCKS[1][1],
         True,
-        S,
     )
     tl.debug_barrier()  # what this program wrote it reads next

@@ -24,14 +24,15 @@ from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
 from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_count, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
-from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
+from vllm_rc_backend.kernels.triton.paged import token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 from vllm_rc_backend.kernels.triton.score import score_pages
+
 
 @triton.jit
 def _rows(
     block_table,
-    selected,
+    chosen,
     start,
     end,
     n_retrieved,
@@ -45,11 +46,11 @@ def _rows(
     j = start + tl.arange(0, TILE)
     real = j < end
     retrieved = j < n_retrieved
-    page = tl.load(selected + j // g.page_size, mask=real & retrieved, other=0)
+    place = tl.load(chosen + j // g.page_size, mask=real & retrieved, other=0)
     anchor = j - n_retrieved
     token = tl.where(anchor < g.sink_tokens, anchor, anchor - g.sink_tokens + resume)
-    anchor_rows = token_rows(block_table, token, real & (anchor >= 0), stride_block, stride_token, g)
-    return tl.where(retrieved, page_rows(page, j % g.page_size, stride_block, stride_token, g), anchor_rows)
+    token = tl.where(retrieved, place * g.page_size + g.sink_tokens + j % g.page_size, token)
+    return token_rows(block_table, token, real, stride_block, stride_token, g)
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _attend(
     content,
     reading,
     block_table,
-    selected,
+    chosen,
     begin,
     end,
     n_retrieved,
@@ -72,7 +73,7 @@ def _attend(
 ):
     """Exact attention over positions ``[begin, end)`` of the reading order.
 
-    Position j is token j of the selected pages while ``j < n_retrieved``, then the sink's tokens, then those from
+    Position j is token j of the chosen pages while ``j < n_retrieved``, then the sink's tokens, then those from
     ``resume`` on. With the KV pages in host memory ``reading`` says where each page of this order is.
 
     Returns:
@@ -94,7 +95,7 @@ def _attend(
         retrieved = j < n_retrieved
         if reading is None:
             rows = _rows(
-                block_table, selected, start, end, n_retrieved, resume, stride_block, stride_token, g, TILE
+                block_table, chosen, start, end, n_retrieved, resume, stride_block, stride_token, g, TILE
             )
             at = kv + rows[:, None] + cols[None, :]
         else:
@@ -136,7 +137,6 @@ def decode_kernel(
     masses,
     groups,
     chosen,
-    selected,
     partial_out,
     partial_stats,
     scored,
@@ -188,7 +188,7 @@ def decode_kernel(
         keys, maxima, head_scores: ``[rows, heads, max_pages or max_groups]`` scratch, see ``score.score_pages``.
         masses: float32 ``[rows, heads, scorers, 2, block_n]`` scratch, see there.
         groups: int32 ``[rows, heads, splits, max_selected]`` scratch, see ``choose.choose_pages``.
-        chosen, selected: int32 ``[rows, heads, max_selected]`` out, see there.
+        chosen: int32 ``[rows, heads, max_selected]`` out, see there.
         partial_out: float32 ``[rows, heads, splits + 1, merge_rows, block_d]`` scratch.
         partial_stats: float32 ``[rows, heads, splits + 1, PARTIAL_STATS, merge_rows]`` scratch.
         scored, attended, merged: int32 ``[rows, heads]``, programs that have done so; zero between launches.
@@ -222,7 +222,6 @@ def decode_kernel(
     maxima += lane * max_groups
     head_scores += lane * max_pages * S.group
     masses += lane * scorers * (2 * S.block_n)
-    selected += lane * max_selected
     chosen += lane * max_selected
     partial_out += lane * (attenders + 1) * R * D
     partial_stats += lane * (attenders + 1) * PARTIAL_STATS * R
@@ -291,13 +290,10 @@ def decode_kernel(
                         maxima,
                         groups + (lane * attenders + split) * max_selected,
                         chosen,
-                        selected,
-                        block_table,
                         pages,
                         n_retrieved // g.page_size,
                         first,
                         last,
-                        S,
                         GROUP,
                         BLOCKS,
                     )
@@ -308,7 +304,6 @@ def decode_kernel(
                     content,
                     reading,
                     block_table,
-                    selected,
                     chosen,
                     head_scores,
                     split * share,
@@ -403,7 +398,6 @@ def _attend_split(
     content,
     reading,
     block_table,
-    selected,
     chosen,
     head_scores,
     begin,
@@ -440,7 +434,7 @@ def _attend_split(
         content,
         reading,
         block_table,
-        selected,
+        chosen,
         begin,
         end,
         n_retrieved,

@@ -17,7 +17,7 @@ from vllm_rc_backend.kernels.triton.linear import LOG2_E
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot, dot_split
 from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
-from vllm_rc_backend.kernels.triton.paged import page_rows, token_rows
+from vllm_rc_backend.kernels.triton.paged import token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 from vllm_rc_backend.kernels.triton.summary import load_planes, store_planes
 
@@ -143,7 +143,6 @@ def features_kernel(
     maxima,
     groups,
     chosen,
-    selected,
     partial_out,
     partial_stats,
     counts,
@@ -199,7 +198,6 @@ def features_kernel(
     lane = row.to(tl.int64) * S.heads + head
     keys += lane * max_pages
     maxima += lane * max_groups
-    selected += lane * max_selected
     chosen += lane * max_selected
     partial_out += lane * (attenders + 1) * S.merge_rows * D
     partial_stats += (lane * (attenders + 1) + attenders) * STATS * S.merge_rows
@@ -224,13 +222,10 @@ def features_kernel(
                 maxima,
                 groups + (lane * attenders + split) * max_selected,
                 chosen,
-                selected,
-                block_table,
                 pages,
                 retrieved,
                 first,
                 last,
-                S,
                 GROUP,
                 BLOCKS,
             )
@@ -252,8 +247,9 @@ def features_kernel(
                 j = start + tl.arange(0, TILE)
                 real = j < last * g.page_size
                 if reading is None:
-                    page = tl.load(selected + j // g.page_size, mask=real, other=0)
-                    at = kv + page_rows(page, j % g.page_size, stride_block, stride_token, g)
+                    place = tl.load(chosen + j // g.page_size, mask=real, other=0)
+                    token = place * g.page_size + g.sink_tokens + j % g.page_size
+                    at = kv + token_rows(block_table, token, real, stride_block, stride_token, g)
                 else:
                     at = cached_rows(kv, content, reading, j, real, stride_block, stride_token, S)
                 phi = _map_keys(at, real, key_weight, key_bias, key_scale, S, TILE)

@@ -26,8 +26,8 @@ def wait_for_previous(ON: tl.constexpr):
 
 @triton.jit
 def wait_for_count(counter, count):
-    """Until other programs of this launch have brought an int32 counter to ``count``; what they wrote before can be read
-    then. They must run at the same time, or this never ends."""
+    """Until other programs of this launch have brought an int32 counter to ``count``; then what they wrote before can
+    be read. They must run at the same time, or this never ends."""
     while _acquire(counter) < count:
         pass
     tl.debug_barrier()

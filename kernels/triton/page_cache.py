@@ -70,10 +70,10 @@ def truncate_pages_kernel(
 
 
 @triton.jit
-def _reading_order(selected, block_table, seq_len, i, real, g: tl.constexpr):
+def _reading_order(chosen, block_table, seq_len, i, real, g: tl.constexpr):
     """Physical pages at places ``i`` of the reading order, and how many of their tokens there are.
 
-    First the selected pages, then the sink's, then those from the tail on; of a row that is not sparse, all pages.
+    First the chosen pages, then the sink's, then those from the tail on; of a row that is not sparse, all pages.
     """
     sparse = is_sparse(seq_len, g)
     n_retrieved = tl.where(sparse, retrieved_pages(seq_len, g), 0)
@@ -81,10 +81,9 @@ def _reading_order(selected, block_table, seq_len, i, real, g: tl.constexpr):
     retrieved = i < n_retrieved
     anchor = i - n_retrieved
     logical = tl.where(anchor < g.sink_pages, anchor, anchor - g.sink_pages + resume)
-    chosen = tl.load(selected + i, mask=real & retrieved, other=0)
-    page = tl.where(retrieved, chosen, page_of(block_table, logical, real & (anchor >= 0), g))
-    tokens = tl.where(retrieved, g.page_size, tl.minimum(seq_len - logical * g.page_size, g.page_size))
-    return page, tokens
+    place = tl.load(chosen + i, mask=real & retrieved, other=0)
+    logical = tl.where(retrieved, place + g.sink_pages, logical)
+    return page_of(block_table, logical, real, g), tl.minimum(seq_len - logical * g.page_size, g.page_size)
 
 
 @triton.jit
@@ -117,10 +116,7 @@ def choose_kernel(
     maxima,
     groups,
     chosen,
-    selected,
-    block_table,
     seq_lens,
-    stride_table,
     max_pages,
     max_groups,
     max_selected,
@@ -142,13 +138,10 @@ def choose_kernel(
             maxima + lane * max_groups,
             groups + lane * max_selected,
             chosen + lane * max_selected,
-            selected + lane * max_selected,
-            block_table + row.to(tl.int64) * stride_table,
             mid_end(seq_len, g) - g.sink_pages,
             k,
             0,
             k,
-            S,
             GROUP,
             BLOCKS,
         )
@@ -156,7 +149,7 @@ def choose_kernel(
 
 @triton.jit
 def find_pages_kernel(
-    selected,
+    chosen,
     block_table,
     seq_lens,
     page_slot,
@@ -176,7 +169,7 @@ def find_pages_kernel(
     """Grid (heads, rows): look up what is read and mark it as used.
 
     Args:
-        selected: int32 ``[rows, heads, max_selected]``, physical pages.
+        chosen: int32 ``[rows, heads, max_selected]``, places in the mid region, from ``choose_kernel``.
         page_slot: int32 ``[pages, heads]`` of this layer.
         filled, used: int32 ``[slots]`` of this layer.
         reading: int32 ``[rows, heads, max_read]``, out: for each place of the reading order the slot of its entry, or
@@ -195,7 +188,7 @@ def find_pages_kernel(
         i = start + tl.arange(0, TILE)
         real = i < count
         page, tokens = _reading_order(
-            selected + lane * max_selected,
+            chosen + lane * max_selected,
             block_table + row.to(tl.int64) * stride_table,
             seq_len,
             i,

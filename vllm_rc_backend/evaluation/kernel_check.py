@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_rc_backend.attention_triton import COUNTERS, SummaryPlanner, TritonAttention, Workspace, make_shape
+from vllm_rc_backend.attention_triton import (
+    COUNTERS,
+    SummaryPlanner,
+    TritonAttention,
+    Tuning,
+    Workspace,
+    make_shape,
+)
 from vllm_rc_backend.completion import LEARNED, Completion, make_completion
 from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.host_kv.page_cache import DevicePages
@@ -64,6 +71,7 @@ class Case:
     max_model_len: int = 512
     max_rows: int | None = None
     cache_slots: int | None = None
+    tuning: Tuning | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -143,7 +151,12 @@ class Runner:
         self.shape = make_shape(layout, case.group, case.group_rule)
         self.store = SideStore(layout, pages, self.device)
         self.workspace = Workspace(
-            self.shape, max_rows, max(case.max_model_len, length), self.device, case.statistics_bits
+            self.shape,
+            max_rows,
+            max(case.max_model_len, length),
+            self.device,
+            case.statistics_bits,
+            case.tuning,
         )
         scale = d**-0.5
         self.pages: DevicePages | None = None
@@ -330,11 +343,9 @@ def compare_selection(
     scores = reference.score_pages(query, page_statistics, store.layout.policy, case.group_rule)
     needed = reference.select_pages(scores, count)
 
-    order = torch.full((store.codes.shape[0],), -1, dtype=torch.int64, device=ids.device)
-    order[ids] = torch.arange(len(ids), device=ids.device)
-    places = order[attention.workspace.selected[row, :, :count].long()]
-    assert bool((places >= 0).all()), f"row {row}: selected pages outside the mid region"
-    assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: selected pages repeat or are out of order"
+    places = attention.workspace.chosen[row, :, :count].long()
+    assert bool(((places >= 0) & (places < len(ids))).all()), f"row {row}: pages outside the mid region"
+    assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: pages repeat or are out of order"
     worst, lowest = (scores.gather(1, x).amin(-1) for x in (places, needed))
     slack = (5e-2 if case.selection == "runs" else 2e-3) * scores.abs().amax(-1)  # runs: 6 to 8 bits of query
     assert bool((worst >= lowest - slack).all()), (

@@ -134,17 +134,17 @@ class LayerPages:
     hand: Tensor
     content: Tensor
 
-    def fetch(self, selected: Tensor, pool: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
+    def fetch(self, chosen: Tensor, pool: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
         """Between selection and attention: bring what the rows read to the device, say where it is.
 
         Args:
-            selected: int32 ``[rows, heads, max_selected]``, physical pages of the sparse rows.
+            chosen: int32 ``[rows, heads, max_selected]``, places in the mid region of the sparse rows' pages.
             pool: ``[blocks, heads, block_size, 2 * head_size]``, any strides, this step's tokens written.
             block_table, seq_lens: see ``DevicePages.begin_step``; rows with one new token each.
         """
         group, rows = self.group, len(seq_lens)
         find_pages_kernel[(group.heads, rows)](
-            selected,
+            chosen,
             block_table,
             seq_lens,
             self.page_slot,
@@ -155,7 +155,7 @@ class LayerPages:
             group.spans,
             group.counters,
             block_table.stride(0),
-            selected.stride(1),
+            chosen.stride(1),
             group.max_read,
             HEADS=group.heads,
             TILE=group.tile,

@@ -59,7 +59,7 @@ class Bench:
         """Every layer: random selections; what the attention would read is what the pool holds."""
         g, lengths = self.geometry, torch.tensor(self.lengths).int()
         for layer, pool in zip(self.cache.layers, self.pools, strict=True):
-            selected = torch.full((len(lengths), HEADS, self.cache.max_read), -7, dtype=torch.int32)
+            places = torch.full((len(lengths), HEADS, self.cache.max_read), -7, dtype=torch.int32)
             orders: list[list[list[int]]] = []
             for row, length in enumerate(self.lengths):
                 n, order = -(-length // g.page_size), []
@@ -67,13 +67,13 @@ class Bench:
                     if g.is_sparse(length):
                         mid = range(g.sink_pages, g.mid_end(length))
                         chosen = self.random.sample(mid, g.retrieved_pages(length))
-                        selected[row, head, : len(chosen)] = torch.tensor([self.page(row, p) for p in chosen])
+                        places[row, head, : len(chosen)] = torch.tensor(chosen) - g.sink_pages
                         order.append([*chosen, *range(g.sink_pages), *range(g.mid_end(length), n)])
                     else:
                         order.append(list(range(n)))
                 orders.append(order)
             self.cache.reading.fill_(-999_999)
-            layer.fetch(selected, pool, self.table, lengths)
+            layer.fetch(places, pool, self.table, lengths)
             for row, order in enumerate(orders):
                 for head, pages in enumerate(order):
                     self.check_read(layer, pool, row, head, pages)
