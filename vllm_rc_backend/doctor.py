@@ -18,7 +18,7 @@ from rich.table import Table
 from vllm_rc_backend import compat
 from vllm_rc_backend.completion.feature_file import layer_completion
 from vllm_rc_backend.config import OptionError, RCTopKConfig
-from vllm_rc_backend.host_kv.memory import GIB, check, free_bytes
+from vllm_rc_backend.host_kv.memory import GIB, check, spare_bytes
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import StoreLayout
 
@@ -126,7 +126,7 @@ def warnings(config: RCTopKConfig, facts: ModelFacts | None, tensor_parallel: in
         yield "completion=none drops the mass that is not read (selection only)."
     if config.host_kv_gib is not None:
         try:
-            check(config.host_kv_gib, tensor_parallel, free_bytes())
+            check(config.host_kv_gib, tensor_parallel, spare_bytes())
         except OptionError as error:
             yield str(error)
     if facts is None:

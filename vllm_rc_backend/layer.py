@@ -336,16 +336,16 @@ def keep_pages_in_host_memory(vllm_config: Any, sparse: dict[str, SparseLayer]) 
         )
     config = next(iter(sparse.values())).config
     assert config.host_kv_gib is not None
-    free = memory.free_bytes()
-    memory.check(config.host_kv_gib, vllm_config.parallel_config.local_world_size, free)
+    spare = memory.spare_bytes()
+    memory.check(config.host_kv_gib, vllm_config.parallel_config.local_world_size, spare)
     compat.own_pool_bytes(vllm_config, int(config.host_kv_gib * memory.GIB))
     if vllm_config.device_config.device_type == "cuda":
         host_pool.library()  # built now: a compiler that is missing stops the start before anything long
         compat.allocate_pool_inside(host_pool.host_memory)
     logger.info(
-        "rc_topk: the KV pool takes %.2f GiB of host memory on each rank (%.1f GiB were free).",
+        "rc_topk: the KV pool takes %.2f GiB of host memory on each rank (%.1f GiB could be spared).",
         config.host_kv_gib,
-        free / memory.GIB,
+        spare / memory.GIB,
     )
 
 

@@ -1,8 +1,9 @@
 /* Memory for torch's CUDAPluggableAllocator that lies on the host, pinned and mapped into the device's address space.
  *
- * Pages are taken from the system and registered with the driver piece by piece, so that a long wait shows progress. The
- * driver is found at run time: nothing but a C compiler is needed to build this. With unified addressing (every 64-bit
- * Linux) a registered page has the same address on the device. The system takes everything back when the process ends.
+ * Pages are taken from the system by several threads, since clearing them is most of the wait, and then registered with
+ * the driver in one piece, so that copies may cross any of it. The driver is found at run time: nothing but a C compiler
+ * is needed to build this. With unified addressing (every 64-bit Linux) a registered page has the same address on the
+ * device. The system takes everything back when the process ends.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -14,12 +15,19 @@
 
 typedef int (*register_fn)(void *, size_t, unsigned int);
 typedef int (*unregister_fn)(void *);
+typedef struct {
+  char *start;
+  size_t size;
+} span;
 
 #define PORTABLE_AND_MAPPED (0x01 | 0x02) /* CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP */
-#define PIECE ((size_t)1 << 30)
+#define PAGE ((size_t)4096)
+#define PIECE ((size_t)1 << 30) /* taken at a time */
+#define THREADS 16
+#define GIB(bytes) ((double)(bytes) / (1 << 30))
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static size_t held;
+static size_t held, limit;
 static char error[256];
 
 static void *driver(const char *name) {
@@ -28,14 +36,33 @@ static void *driver(const char *name) {
   return library ? dlsym(library, name) : NULL;
 }
 
-static void release(char *start, size_t registered, size_t size) {
-  unregister_fn unregister = (unregister_fn)driver("cuMemHostUnregister");
-  for (size_t at = 0; at < registered; at += PIECE) unregister(start + at);
-  munmap(start, size);
+static void *touch(void *of) {
+  span s = *(span *)of;
+  for (size_t at = 0; at < s.size; at += PAGE) ((volatile char *)s.start)[at] = 0;
+  return NULL;
+}
+
+static void touch_by_all(char *start, size_t size) {
+  pthread_t threads[THREADS];
+  span spans[THREADS];
+  size_t share = (size / THREADS / PAGE + 1) * PAGE;
+  int running = 0;
+  for (size_t at = 0; at < size; at += share) {
+    span s = {start + at, size - at < share ? size - at : share};
+    spans[running] = s;
+    if (pthread_create(&threads[running], NULL, touch, &spans[running]))
+      touch(&s);
+    else
+      running++;
+  }
+  while (running) pthread_join(threads[--running], NULL);
 }
 
 /* The bytes that are held now. */
 size_t rc_topk_host_pool_bytes(void) { return held; }
+
+/* Hold at most so many bytes from now on; 0 at first. Pinned memory cannot be swapped: whoever calls knows what is left. */
+void rc_topk_host_pool_limit(size_t bytes) { limit = bytes; }
 
 /* Why the last allocation failed; empty if none did. */
 const char *rc_topk_host_pool_error(void) { return error; }
@@ -48,6 +75,11 @@ void *rc_topk_host_pool_alloc(ssize_t size, int device, void *stream) {
     snprintf(error, sizeof error, "libcuda.so.1 has no cuMemHostRegister: %s", dlerror());
     return NULL;
   }
+  if (held + size > limit) {
+    snprintf(error, sizeof error, "%.1f GiB are wanted on top of %.1f, and the host can spare %.1f in all", GIB(size),
+             GIB(held), GIB(limit));
+    return NULL;
+  }
   char *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) {
     snprintf(error, sizeof error, "the system has no %zd bytes of memory", size);
@@ -55,15 +87,14 @@ void *rc_topk_host_pool_alloc(ssize_t size, int device, void *stream) {
   }
   madvise(start, size, MADV_HUGEPAGE); /* faster to pin; the system may decline */
   for (size_t at = 0; at < (size_t)size; at += PIECE) {
-    size_t piece = (size_t)size - at < PIECE ? (size_t)size - at : PIECE;
-    int code = reg(start + at, piece, PORTABLE_AND_MAPPED);
-    if (code) {
-      snprintf(error, sizeof error, "the driver could not pin bytes %zu to %zu of %zd (CUresult %d)", at, at + piece,
-               size, code);
-      release(start, at, size);
-      return NULL;
-    }
-    if (at / PIECE % 16 == 15) fprintf(stderr, "rc_topk: pinned %zu of %zd GiB\n", (at >> 30) + 1, size >> 30);
+    touch_by_all(start + at, (size_t)size - at < PIECE ? (size_t)size - at : PIECE);
+    if (at / PIECE % 16 == 15) fprintf(stderr, "rc_topk: %zu of %.1f GiB taken\n", at / PIECE + 1, GIB(size));
+  }
+  int code = reg(start, size, PORTABLE_AND_MAPPED);
+  if (code) {
+    snprintf(error, sizeof error, "the driver could not pin %zd bytes (CUresult %d)", size, code);
+    munmap(start, size);
+    return NULL;
   }
   pthread_mutex_lock(&lock);
   held += size;
@@ -73,7 +104,8 @@ void *rc_topk_host_pool_alloc(ssize_t size, int device, void *stream) {
 
 void rc_topk_host_pool_free(void *start, ssize_t size, int device, void *stream) {
   (void)device, (void)stream;
-  release(start, size, size);
+  ((unregister_fn)driver("cuMemHostUnregister"))(start);
+  munmap(start, size);
   pthread_mutex_lock(&lock);
   held -= size;
   pthread_mutex_unlock(&lock);

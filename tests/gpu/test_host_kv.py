@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,45 +24,79 @@ from vllm_rc_backend.observability import meter
 
 from ..harness import SCENARIOS, SMALL, Answer, Prompt, answers, assert_close, engine, greedy
 
-GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
+GPU = {
+    "gpu_memory_utilization": 0.3,
+    "kv_cache_memory_bytes": None,
+    "max_num_seqs": 16,
+    # Decode graphs as in production; without compiled prefills an engine starts in seconds.
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+}
 HOST = SMALL | {"kv_residency": "host", "host_kv_gib": 2.0}
+GIB = 1 << 30
+
+
+def memory_kind(tensor: torch.Tensor) -> str:
+    """Where the driver says that a tensor's first and last byte lie."""
+    driver, kinds = ctypes.CDLL("libcuda.so.1"), []
+    for byte in (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1):
+        kind = ctypes.c_uint()
+        code = driver.cuPointerGetAttribute(ctypes.byref(kind), 2, ctypes.c_uint64(byte))  # MEMORY_TYPE
+        kinds.append({1: "host", 2: "device"}[kind.value] if code == 0 else f"CUresult {code}")
+    return kinds[0] if kinds[0] == kinds[1] else " and ".join(kinds)
 
 
 def test_memory_is_pinned_used_and_used_again() -> None:
-    free = torch.cuda.mem_get_info()[0]
-    for _ in range(2):
+    size, before, addresses = GIB + (6 << 20), pool.held_bytes(), []
+    assert memory_kind(torch.zeros(8, device="cuda")) == "device", "this test cannot tell where memory lies"
+    for turn in range(2):
         with pool.host_memory():
-            tensor = torch.zeros(1 << 30, dtype=torch.int8, device="cuda")
-        assert pool.held_bytes() == 1 << 30
-        assert free - torch.cuda.mem_get_info()[0] < 256 << 20, "the tensor lies on the device"
-        tensor.view(torch.int32)[12345] = 7
-        assert int(tensor.view(torch.int32).sum(dtype=torch.int64)) == 7
-        del tensor
-    torch.zeros(1 << 20, device="cuda")
-    assert pool.held_bytes() == 1 << 30
+            tensor = torch.zeros(size, dtype=torch.int8, device="cuda")
+        addresses.append(tensor.data_ptr())
+        assert memory_kind(tensor) == "host", f"turn {turn}"
+        words = tensor.view(torch.int32)
+        words[12345] = 7
+        assert int(words.sum(dtype=torch.int64)) == 7, f"turn {turn}: the kernels do not see what was written"
+        middle = tensor[GIB - 4 : GIB + 4].fill_(3)
+        assert middle.cpu().tolist() == [3] * 8, f"turn {turn}: a copy across pieces"
+        del tensor, words, middle
+    assert addresses[0] == addresses[1], "the second tensor did not get the first one's memory"
+    assert pool.held_bytes() - before == size
+    assert memory_kind(torch.zeros(1 << 20, device="cuda")) == "device", "allocated outside of the context"
 
 
-def test_too_much_is_an_error_that_says_so() -> None:
+@pytest.mark.parametrize(
+    "wanted", [1 << 44, 1 << 48], ids=["more than there is", "more than can be addressed"]
+)
+def test_too_much_is_an_error_that_says_so(wanted: int) -> None:
     held = pool.held_bytes()
-    with pytest.raises(pool.HostPoolError, match="Lower host_kv_gib"), pool.host_memory():
-        torch.zeros(1 << 44, dtype=torch.int8, device="cuda")
-    assert pool.held_bytes() == held
+    with (
+        pytest.raises(pool.HostPoolError, match=r"the host can spare .* Lower host_kv_gib"),
+        pool.host_memory(),
+    ):
+        torch.zeros(wanted, dtype=torch.int8, device="cuda")
+    assert pool.held_bytes() <= held  # torch gives back what it has cached before it gives up
 
 
 def test_a_process_that_is_killed_leaves_nothing_pinned() -> None:
-    before = free_bytes()
+    gib = 12
     code = (
         "import torch, time; from vllm_rc_backend.host_kv import pool\n"
-        "with pool.host_memory(): t = torch.zeros(6 << 30, dtype=torch.int8, device='cuda')\n"
+        f"with pool.host_memory(): t = torch.zeros({gib} << 30, dtype=torch.int8, device='cuda')\n"
         "torch.cuda.synchronize(); print('pinned', flush=True); time.sleep(600)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "pinned\n"
-    assert before - free_bytes() > 5 << 30
+    pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
+    assert pages * 4096 > gib * GIB, "not all of it is in memory"
+    while_pinned = free_bytes()
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    assert before - free_bytes() < 1 << 30
+    # Others may use the machine: most of it must be back.
+    end = time.monotonic() + 20
+    while (back := free_bytes() - while_pinned) < 0.75 * gib * GIB:
+        assert time.monotonic() < end, f"{back / GIB:.1f} of {gib} GiB came back"
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("slots", [0, 40, 400])
@@ -84,7 +121,7 @@ def resident(prompt: Prompt) -> dict[str, list[Answer]]:
         return {s.__name__: answers(s(llm, prompt)) for s in SCENARIOS if s.__name__ != "shared_then_parted"}
 
 
-@pytest.mark.parametrize("cache", [{"page_cache_gib": 0.01}, {}], ids=["small cache", "what is left"])
+@pytest.mark.parametrize("cache", [{"page_cache_gib": 0.001}, {}], ids=["small cache", "what is left"])
 def test_same_answers(cache: dict[str, Any], resident: dict[str, list[Answer]], prompt: Prompt) -> None:
     with engine("rc_topk", HOST | cache, **GPU) as llm:
         for scenario in SCENARIOS:
@@ -94,6 +131,7 @@ def test_same_answers(cache: dict[str, Any], resident: dict[str, list[Answer]], 
         llm.generate([prompt(900)], greedy(40), use_tqdm=False)
         torch.cuda.synchronize()
         counts = meter.get().totals()
-    assert counts.pages_wanted > 0
     assert counts.host_bytes_fetched > 0
-    assert (counts.pages_found / counts.pages_wanted > 0.8) == (not cache)
+    rate = counts.pages_found / counts.pages_wanted
+    # A row reads 13 pages with each of two KV heads; the small cache has 43 slots, the other one for every page.
+    assert rate < 0.8 if cache else rate > 0.8, f"{rate:.3f} of the pages found"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vllm_rc_backend.config import OptionError
-from vllm_rc_backend.host_kv.memory import check, free_bytes
+from vllm_rc_backend.host_kv.memory import RESERVE, check, free_bytes, spare_bytes
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -52,10 +52,17 @@ def test_a_container_of_the_first_kind(tmp_path: Path) -> None:
 
 def test_this_machine_has_some() -> None:
     assert free_bytes() > 0
+    assert spare_bytes() <= free_bytes()
+
+
+def test_something_is_left_to_the_rest_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, spare in ((3 * RESERVE, 2 * RESERVE), (RESERVE // 2, 0)):
+        monkeypatch.setattr("vllm_rc_backend.host_kv.memory.free_bytes", lambda free=free: free)
+        assert spare_bytes() == spare
 
 
 def test_too_much_is_refused_with_both_figures() -> None:
     check(4.0, 2, 8 << 30)
     with pytest.raises(OptionError, match=r"host_kv_gib: got 5; allowed: at most 4\.0 ") as error:
         check(5, 2, 8 << 30)
-    assert "2 rank(s) need 10.0 GiB of host memory and 8.0 GiB are free" in str(error.value)
+    assert "2 rank(s) need 10.0 GiB of host memory and 8.0 GiB can be spared" in str(error.value)

@@ -11,13 +11,14 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_rc_backend.evaluation.child import run_child
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -118,11 +119,10 @@ def compare(
     """Run every backend in a process of its own and join their rows."""
     found = {}
     for backend in BACKENDS:
-        command = [sys.executable, "-m", __name__, "--backend", backend, "--options", json.dumps(options)]
-        command += ["--gpu-memory-utilization", str(utilization), "--repeats", str(repeats)]
-        command += ["--loads", *(f"{load.context}x{load.batch}" for load in loads)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[backend] = json.loads(done.stdout.splitlines()[-1])
+        arguments = ["--backend", backend, "--options", json.dumps(options)]
+        arguments += ["--gpu-memory-utilization", str(utilization), "--repeats", str(repeats)]
+        arguments += ["--loads", *(f"{load.context}x{load.batch}" for load in loads)]
+        found[backend] = run_child(__name__, arguments)
     dense, ours = (found[backend] for backend in BACKENDS)
     return [
         asdict(load)
@@ -156,16 +156,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """One backend, for ``compare``; prints JSON on the last line."""
+    """One backend, for ``compare``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", choices=BACKENDS, required=True)
     parser.add_argument("--loads", nargs="+", type=Load.parse, required=True)
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", type=Path, required=True, help="the file for what was found, as JSON")
     args = parser.parse_args()
     found = measure(args.backend, args.loads, args.options, args.gpu_memory_utilization, args.repeats)
-    print(json.dumps(found))
+    args.write.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,58 +1,294 @@
-"""``python -m vllm_rc_backend.evaluation.host_kv``: KV pages in host memory beside all pages on the device.
+"""``python -m vllm_rc_backend.evaluation.host_kv``: KV pages in host memory, beside what else serves the same load.
 
-Decode and prefill times as in ``end_to_end.py``; each engine runs in a process of its own.
+The load: so many prompts of one length, answered twice. In the first round each gets one token, which is prefill. In
+the later ones the same prompts come back and are answered at length, their KV found where the first left it. By whom:
+
+* ``host``: rc_topk with the KV pages in host memory,
+* ``gpu``: rc_topk with every page on the device, which is given nearly all of it,
+* ``vllm``: vLLM's FlashAttention with its native offloading to the CPU, on as much of the device as ``host``,
+* ``gather``: no engine; how fast pages come over the bus.
+
+Dummy weights in the per-layer shape of Llama-3.1-8B, prompts of random tokens. Each runs in a process of its own; what
+is found is written after each, so that a run that is cut short keeps what it had.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import subprocess
+import random
+import statistics
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from vllm_rc_backend.evaluation.end_to_end import Load, measure
+import torch
+from torch import Tensor
+
+from vllm_rc_backend.evaluation.child import run_child
+from vllm_rc_backend.evaluation.end_to_end import LLAMA_8B, Load
+from vllm_rc_backend.evaluation.rounds import answer_all
+from vllm_rc_backend.host_kv import pool
+from vllm_rc_backend.host_kv.memory import GIB
+from vllm_rc_backend.host_kv.page_cache import COUNTERS, DevicePages
+from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.observability import meter
+from vllm_rc_backend.observability.meter import Counts
+
+CONTENDERS = ("gather", "host", "gpu", "vllm")
+BUS = 55e9
+"""Bytes a second of large copies from pinned memory to an H200 (PCIe 5, 16 lanes), measured."""
+
+RESIDENT = 0.92
+"""Share of the device that ``gpu`` is given."""
+
+CHUNK = 16384
+"""Tokens of a prefill step."""
+
+HEADS, HEAD_SIZE = 8, 128
+"""Of K and V in ``LLAMA_8B``."""
+
+TIMES, WARM_UP = 20, 2
+"""Launches that ``gather`` times, and before them."""
 
 
-def run(options: dict[str, Any], loads: list[Load], utilization: float, repeats: int) -> dict[str, Any]:
-    """One engine in this process: ``end_to_end.measure``'s rows, and what its page cache was asked for in all steps."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that the engine's counters are this process's
-    found: dict[str, Any] = measure("RC_TOPK", loads, options, utilization, repeats)
-    counts = meter.get().totals()
-    if counts.pages_wanted:
-        found["hit_rate"] = counts.pages_found / counts.pages_wanted
-        found["host_bytes_per_token"] = counts.host_bytes_fetched / counts.sparse_rows
-        found["evictions"] = counts.pages_evicted
+def token_bytes(layers: int) -> int:
+    """Bytes of K and V of one token, at 16 bits."""
+    return layers * HEADS * 2 * HEAD_SIZE * 2
+
+
+def make_engine(contender: str, args: argparse.Namespace) -> Any:
+    """vLLM's ``LLM`` of a contender, in this process."""
+    from vllm import LLM
+
+    load, options = args.load, dict(args.options)
+    longest = load.context + args.tokens + 64
+    needed = args.host_kv_gib or math.ceil(load.batch * longest * token_bytes(args.layers) / GIB) + 1
+    if contender == "host":
+        options |= {"kv_residency": "host", "host_kv_gib": needed}
+        if args.page_cache_gib is not None:
+            options["page_cache_gib"] = args.page_cache_gib
+    ours = {"attention_backend": "RC_TOPK", "additional_config": {"rc_topk": options}}
+    theirs = {"attention_backend": "FLASH_ATTN", "kv_offloading_size": needed}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": args.layers}))
+        return LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=longest,
+            max_num_seqs=load.batch,
+            max_num_batched_tokens=CHUNK,
+            gpu_memory_utilization=RESIDENT if contender == "gpu" else args.gpu_memory_utilization,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            **(theirs if contender == "vllm" else ours),
+        )
+
+
+def exactly(tokens: int) -> Any:
+    """Sampling parameters of answers with so many tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Both rounds on one contender. Times in milliseconds."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # each step is timed, and its counters read, in this process
+    )
+    begun = time.perf_counter()
+    llm = make_engine(contender, args)
+    started = time.perf_counter() - begun
+    load, rng = args.load, random.Random(args.load.context)
+
+    def draw(length: int) -> list[int]:
+        return [rng.randrange(1000, 100_000) for _ in range(length)]
+
+    answer_all(llm, [draw(min(CHUNK + 2000, load.context))], exactly(8))  # compiles what the start has not
+    prompts = [draw(load.context) for _ in range(load.batch)]
+    prefill = answer_all(llm, prompts, exactly(1))
+    before: list[Counts] = []
+    rounds, traffic = [], []
+    for _ in range(args.rounds):
+        rounds.append(answer_all(llm, prompts, exactly(args.tokens), lambda: before.append(read_counts())))
+        traffic.append(read_counts().since(before[-1]) if before else Counts())
+        print(
+            f"{contender}: {rounds[-1].tokens / rounds[-1].total:.1f} tokens/s", file=sys.stderr, flush=True
+        )
+    cache = llm.llm_engine.vllm_config.cache_config
+    found: dict[str, Any] = {
+        "start_s": started,
+        "gpu_memory_utilization": cache.gpu_memory_utilization,
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        "prefill_ms": prefill.total * 1e3,
+        "return_ms": statistics.median(r.first for r in rounds) * 1e3,
+        "decoding_together": min(r.together for r in rounds),
+        "tokens_per_s": statistics.median(r.tokens / r.total for r in rounds),
+    }
+    steps = sorted(1e3 * step for r in rounds for step in r.steps)
+    if steps:
+        found["step_ms"] = statistics.median(steps)
+        found["step_ms_p10_p90"] = [steps[len(steps) // 10], steps[len(steps) * 9 // 10]]
+    if contender == "host" and before:
+        wanted, got, evicted, nbytes, rows = (
+            sum(getattr(t, name) for t in traffic)
+            for name in ("pages_wanted", "pages_found", "pages_evicted", "host_bytes_fetched", "sparse_rows")
+        )
+        found |= {
+            "page_cache_gib": page_cache_bytes(llm) / GIB,
+            "hit_rate": got / wanted,
+            "bus_bytes_per_token": nbytes / rows,
+            "bus_bound_step_ms": nbytes / rows * load.batch / BUS * 1e3,
+            "evictions_per_token": evicted / rows,
+        }
     return found
 
 
-def main() -> None:
-    """Compare, and print a JSON object a residency."""
+def read_counts() -> Counts:
+    """The kernels' counters, once all that was started has ended."""
+    torch.cuda.synchronize()
+    return meter.get().totals()
+
+
+def page_cache_bytes(llm: Any) -> int:
+    """What the page caches of all layers take."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    groups = {
+        id(layer.impl.sparse_layer.pages.group): layer.impl.sparse_layer.pages.group for layer in layers
+    }
+    return sum(group.nbytes for group in groups.values())
+
+
+def gather(load: Load) -> dict[str, Any]:
+    """How fast one layer's selected pages are brought to the device, when all are missing and when none is.
+
+    By graph replay. Pages are chosen at random, anew in each step for the first figure.
+    """
+    rows, heads, size, page, device = load.batch, HEADS, HEAD_SIZE, 16, torch.device("cuda")
+    context = min(load.context, 32768)
+    length, blocks = context - 3, rows * context // page
+    geometry = Geometry(page, page, 16, 16, 2048, 2048)
+    count, places = geometry.retrieved_pages(length), geometry.mid_end(length) - geometry.sink_pages
+    with pool.host_memory():
+        storage = torch.zeros(blocks, page, heads, 2 * size, dtype=torch.bfloat16, device=device)
+    copy = torch.empty(1 << 30, dtype=torch.int8, device=device)
+    whole = seconds(lambda: copy.copy_(storage.view(torch.int8).flatten()[: len(copy)]), 5)
+    found: dict[str, Any] = {"copy_gb_per_s": copy.nbytes / whole / 1e9}
+    table = torch.arange(blocks, dtype=torch.int32, device=device).view(rows, -1)
+    lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    chosen = torch.rand(TIMES + WARM_UP, rows, heads, places, device=device).topk(count).indices.sort().values
+    chosen = (chosen + geometry.sink_pages + table[:, :1, None]).to(torch.int32)
+    for order, kv in {
+        "block, token, head": storage.transpose(1, 2),
+        "block, head, token": storage.view(blocks, heads, page, 2 * size),
+    }.items():
+        slots = 4 * rows * heads * count
+        pages = DevicePages(geometry, 1, blocks, heads, slots, size, kv.dtype, device, rows, context)
+        selected = chosen[0].clone()
+        replay = capture(pages, selected, kv, table, lengths, starts)
+        turns = iter(chosen)
+
+        def step(
+            selected: Tensor = selected,
+            turns: Iterator[Tensor] = turns,
+            replay: Callable[[], None] = replay,
+        ) -> None:
+            selected.copy_(next(turns))
+            replay()
+
+        pages.counters.zero_()
+        missing = seconds(step, TIMES)
+        counts = dict(zip(COUNTERS, pages.counters.tolist(), strict=True))
+        nbytes = counts["tokens_fetched"] * 2 * size * kv.element_size() / (TIMES + WARM_UP)
+        found[order] = {
+            "gb_per_s": nbytes / missing / 1e9,
+            "found": counts["pages_found"] / counts["pages_wanted"],
+            "missing_us": missing * 1e6,
+            "all_found_us": seconds(replay, TIMES) * 1e6,
+        }
+    return found
+
+
+def capture(
+    pages: DevicePages, selected: Tensor, kv: Tensor, table: Tensor, lengths: Tensor, starts: Tensor
+) -> Callable[[], None]:
+    """A step's launches for one layer, as a graph."""
+
+    def step() -> None:
+        pages.begin_step(table, lengths, starts, 1)
+        pages.layers[0].fetch(selected, kv, table, lengths)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def seconds(launch: Callable[[], Any], times: int) -> float:
+    """Of one launch, on the device, in the mean, after some that are not timed."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(WARM_UP):
+        launch()
+    begin.record()
+    for _ in range(times):
+        launch()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / times / 1e3
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(65536, 4)])
-    parser.add_argument("--options", type=json.loads, default={}, help="of both, as JSON")
-    parser.add_argument("--host-kv-gib", type=float, default=48)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--load", type=Load.parse, default=Load(65536, 16))
+    parser.add_argument("--layers", type=int, default=16, help="of the dummy model; Llama-3.1-8B has 32")
+    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--options", type=json.loads, default={}, help="of rc_topk, as JSON")
+    parser.add_argument("--host-kv-gib", type=float, help="default: what the load needs")
     parser.add_argument("--page-cache-gib", type=float, help="default: what is left on the device")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--residency", choices=("gpu", "host"), help="one of them, in this process")
-    args = parser.parse_args()
-    if args.residency is None:
-        for residency in ("host", "gpu"):
-            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--residency", residency]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            print(
-                json.dumps({"residency": residency, **json.loads(done.stdout.splitlines()[-1])}), flush=True
-            )
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.125, help="of host and vllm")
+    parser.add_argument(
+        "--out", type=Path, help="a file for all that is found, as JSON; what it has of others stays"
+    )
+    parser.add_argument("--write", type=Path, help="one contender, in this process: a file for what it finds")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the contenders one after the other and print what each has found."""
+    args = parse()
+    if args.write is not None:
+        (contender,) = args.contenders
+        found = gather(args.load) if contender == "gather" else run_engine(contender, args)
+        found["device"] = torch.cuda.get_device_name()
+        args.write.write_text(json.dumps(found))
         return
-    options = args.options
-    if args.residency == "host":
-        options |= {"kv_residency": "host", "host_kv_gib": args.host_kv_gib}
-        if args.page_cache_gib is not None:
-            options["page_cache_gib"] = args.page_cache_gib
-    print(json.dumps(run(options, args.loads, args.gpu_memory_utilization, args.repeats)))
+    for contender in args.contenders:
+        found = run_child(__spec__.name, [*sys.argv[1:], "--contenders", contender])
+        what = {
+            "load": asdict(args.load),
+            "layers": args.layers,
+            "tokens": args.tokens,
+            "rounds": args.rounds,
+        }
+        row = what | {"options": args.options} | found
+        print(json.dumps({contender: row}), flush=True)
+        if args.out is not None:
+            rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+            args.out.write_text(json.dumps(rows | {contender: row}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

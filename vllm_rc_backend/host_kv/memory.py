@@ -8,6 +8,9 @@ from vllm_rc_backend.config import OptionError
 
 GIB = 2**30
 
+RESERVE = GIB
+"""Left to the rest of the machine: pinned memory can be neither swapped nor reclaimed."""
+
 CONTAINER = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -34,23 +37,28 @@ def free_bytes(root: Path = Path("/")) -> int:
     return min(free)
 
 
-def check(host_kv_gib: float, ranks: int, free: int) -> None:
+def spare_bytes() -> int:
+    """Bytes of host memory that a pool may take."""
+    return max(free_bytes() - RESERVE, 0)
+
+
+def check(host_kv_gib: float, ranks: int, spare: int) -> None:
     """Refuse a pool that the host has no memory for.
 
     Args:
         host_kv_gib: wanted by each rank.
         ranks: of this engine on this machine.
-        free: see ``free_bytes``.
+        spare: see ``spare_bytes``.
 
     Raises:
         OptionError: what is needed and what is free.
     """
     needed = host_kv_gib * ranks * GIB
-    if needed > free:
+    if needed > spare:
         raise OptionError(
             "host_kv_gib",
             host_kv_gib,
-            f"at most {free / ranks / GIB:.1f} on this machine now",
-            f"{ranks} rank(s) need {needed / GIB:.1f} GiB of host memory and {free / GIB:.1f} GiB are free: lower "
-            "host_kv_gib, or end what else takes memory.",
+            f"at most {spare / ranks / GIB:.1f} on this machine now",
+            f"{ranks} rank(s) need {needed / GIB:.1f} GiB of host memory and {spare / GIB:.1f} GiB can be spared: "
+            "lower host_kv_gib, or end what else takes memory.",
         )

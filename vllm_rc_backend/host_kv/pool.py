@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_rc_backend.host_kv import memory
+
 logger = logging.getLogger("vllm.rc_topk")
 
 SOURCE = Path(__file__).parent.parent / "kernels" / "csrc" / "host_pool.c"
@@ -70,6 +72,7 @@ def _library_and_pool() -> tuple[ctypes.CDLL, torch.cuda.MemPool]:
         )
     loaded.rc_topk_host_pool_bytes.restype = ctypes.c_size_t
     loaded.rc_topk_host_pool_error.restype = ctypes.c_char_p
+    loaded.rc_topk_host_pool_limit.argtypes = [ctypes.c_size_t]
     pool = torch.cuda.MemPool(allocator.allocator())
     # Neither may ever be destroyed: torch frees a tensor that outlives its pool in the wrong way (pytorch#146431), and
     # calls an allocator that the interpreter's end has taken first (pytorch#145168). The system takes all back.
@@ -87,14 +90,16 @@ def held_bytes() -> int:
 def host_memory() -> Iterator[None]:
     """CUDA tensors that are allocated inside lie in pinned host memory.
 
-    It is pinned until the process ends; what tensors no longer need serves the next ones in here.
+    It is pinned until the process ends; what tensors no longer need serves the next ones in here. No more is taken than
+    the host can spare at entry: the system would hand out more, and end some process when it is used.
 
     Raises:
         HostPoolError: the memory could not be had; the message says why.
     """
     loaded, pool = _library_and_pool()
     before, begun = held_bytes(), time.monotonic()
-    logger.info("rc_topk: pinning host memory for the KV pool, about half a second a GiB ...")
+    loaded.rc_topk_host_pool_limit(before + memory.spare_bytes())
+    logger.info("rc_topk: pinning host memory for the KV pool ...")
     try:
         with torch.cuda.use_mem_pool(pool):
             yield

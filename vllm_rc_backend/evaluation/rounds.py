@@ -1,0 +1,73 @@
+"""Times of one round of answers: several prompts that arrive together, driven step by step.
+
+A time per token that is a difference between runs drowns in what precedes decoding. Here every step of the engine is
+timed, and those in which all sequences decode are kept apart from the rest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SETTLED = 4
+"""Steps with all sequences decoding that are left out: they build summaries, fill caches."""
+
+_names = itertools.count()
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one round.
+
+    Attributes:
+        first: until every sequence has its first token.
+        total: until every sequence has its last.
+        steps: each step between two in which all sequences got a token.
+        together: the most sequences that got a token in one step.
+        tokens: that were generated.
+    """
+
+    first: float
+    total: float
+    steps: list[float]
+    together: int
+    tokens: int
+
+
+def answer_all(
+    llm: Any, prompts: list[list[int]], params: Any, settled: Callable[[], None] = lambda: None
+) -> Round:
+    """Let an engine answer prompts.
+
+    Args:
+        llm: vLLM's ``LLM``, its engine in this process.
+        params: vLLM's ``SamplingParams``, of all.
+        settled: called once, when all have been decoding for ``SETTLED`` steps.
+    """
+    engine = llm.llm_engine
+    begun = last = time.perf_counter()
+    for prompt in prompts:
+        engine.add_request(f"round-{next(_names)}", {"prompt_token_ids": prompt}, params)
+    said: dict[str, int] = {}
+    first, together, full, steps = 0.0, 0, 0, []
+    while engine.has_unfinished_requests():
+        grown = 0
+        for output in engine.step():
+            count = len(output.outputs[0].token_ids)
+            grown += count > said.get(output.request_id, 0)
+            said[output.request_id] = count
+        now = time.perf_counter()
+        if len(said) == len(prompts) and not first:
+            first = now - begun
+        together = max(together, grown)
+        full = full + 1 if grown == len(prompts) else 0
+        if full == SETTLED:
+            settled()
+            now = time.perf_counter()
+        elif full > SETTLED:
+            steps.append(now - last)
+        last = now
+    return Round(first, last - begun, steps, together, sum(said.values()))
