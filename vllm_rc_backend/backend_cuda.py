@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm_rc_backend import compat
 from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
 from vllm_rc_backend.backend_cuda_prefill import staged_prefill
+from vllm_rc_backend.host_kv import pool as host_pool
 from vllm_rc_backend.host_kv.page_cache import DevicePages
 from vllm_rc_backend.host_kv.staging import Staging
 from vllm_rc_backend.kernels.reference import SummaryPlan
@@ -251,7 +252,8 @@ def keep_pages(vllm_config: Any, layers: dict[str, SparseLayer]) -> DevicePages:
 def _left_on_device(vllm_config: Any, device: torch.device) -> int:
     """Bytes under --gpu-memory-utilization that neither this process's peak so far nor anybody else takes."""
     torch.cuda.synchronize(device)
-    torch_now = torch.cuda.memory_reserved(device)
+    # To torch the host's pool is device memory, too; an engine that this process had before may have left it one.
+    torch_now = torch.cuda.memory_reserved(device) - host_pool.held_bytes()
     torch_peak = torch.cuda.max_memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch_now

@@ -130,6 +130,7 @@ def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
         "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         "prefill_ms": prefill.total * 1e3,
         "return_ms": statistics.median(r.first for r in rounds) * 1e3,
+        "settling_ms": statistics.median(r.settling for r in rounds) * 1e3,
         "decoding_together": min(r.together for r in rounds),
         "tokens_per_s": statistics.median(r.tokens / r.total for r in rounds),
     }

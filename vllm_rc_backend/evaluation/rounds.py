@@ -24,6 +24,7 @@ class Round:
 
     Attributes:
         first: until every sequence has its first token.
+        settling: the steps of all sequences that are left out of ``steps``.
         total: until every sequence has its last.
         steps: each step between two in which all sequences got a token.
         together: the most sequences that got a token in one step.
@@ -31,6 +32,7 @@ class Round:
     """
 
     first: float
+    settling: float
     total: float
     steps: list[float]
     together: int
@@ -52,7 +54,7 @@ def answer_all(
     for prompt in prompts:
         engine.add_request(f"round-{next(_names)}", {"prompt_token_ids": prompt}, params)
     said: dict[str, int] = {}
-    first, together, full, steps = 0.0, 0, 0, []
+    first, settling, together, full, steps = 0.0, 0.0, 0, 0, []
     while engine.has_unfinished_requests():
         grown = 0
         for output in engine.step():
@@ -64,10 +66,12 @@ def answer_all(
             first = now - begun
         together = max(together, grown)
         full = full + 1 if grown == len(prompts) else 0
+        if 0 < full <= SETTLED:
+            settling += now - last
         if full == SETTLED:
             settled()
             now = time.perf_counter()
         elif full > SETTLED:
             steps.append(now - last)
         last = now
-    return Round(first, last - begun, steps, together, sum(said.values()))
+    return Round(first, settling, last - begun, steps, together, sum(said.values()))

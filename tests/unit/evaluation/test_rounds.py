@@ -54,6 +54,7 @@ def test_all_decode_together() -> None:
     assert all(step >= 0.002 for step in found.steps)
     assert 3 * 0.002 <= found.first < found.total
     assert found.total >= 22 * 0.002
+    assert SETTLED * 0.002 <= found.settling < found.total
 
 
 def test_they_never_do() -> None:
