@@ -11,7 +11,6 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -140,19 +139,28 @@ def test_sleep_frees_the_pool_and_changes_no_answer(level: int, prompt: Prompt) 
     assert_close(after, before)
 
 
+@pytest.fixture(scope="module", params=["full budget", "small budget", "features"])
+def one_rank(
+    request: pytest.FixtureRequest, prompt: Prompt, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], list[Any], list[Answer]]:
+    """Options, prompts, and what one rank answers."""
+    options = FULL if request.param == "full budget" else SMALL
+    if request.param == "features":
+        options = SMALL | with_features(tmp_path_factory.mktemp("features"))
+    prompts = [prompt(300 + 150 * i, i) for i in range(8)]
+    return options, prompts, in_its_own_process(generated, "rc_topk", options, GPU, prompts)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("budget", ["full budget", "small budget", "features"])
 @pytest.mark.parametrize("executor", ["mp", "ray"])
-def test_tensor_parallel_equals_one_rank(executor: str, budget: str, prompt: Prompt, tmp_path: Path) -> None:
+def test_tensor_parallel_equals_one_rank(
+    executor: str, one_rank: tuple[dict[str, Any], list[Any], list[Answer]]
+) -> None:
     """Two ranks, each with its own KV heads, statistics, summaries and maps, and decode graphs with NCCL inside."""
-    options = FULL if budget == "full budget" else SMALL
-    if budget == "features":
-        options = SMALL | with_features(tmp_path)
     if executor == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")
-    prompts = [prompt(300 + 150 * i, i) for i in range(8)]
+    options, prompts, expected = one_rank
     both = GPU | {"tensor_parallel_size": 2, "distributed_executor_backend": executor}
-    expected = in_its_own_process(generated, "rc_topk", options, GPU, prompts)
     got = in_its_own_process(generated, "rc_topk", options, both, prompts)
     # A page at the edge of the budget may be taken on one side only.
     assert_close(got, expected, tolerance=0.25 if options is FULL else 0.5)
