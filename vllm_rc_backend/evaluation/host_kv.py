@@ -186,24 +186,24 @@ def gather(load: Load) -> dict[str, Any]:
     table = torch.arange(blocks, dtype=torch.int32, device=device).view(rows, -1)
     lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-    chosen = torch.rand(TIMES + WARM_UP, rows, heads, places, device=device).topk(count).indices.sort().values
-    chosen = (chosen + geometry.sink_pages + table[:, :1, None]).to(torch.int32)
+    scores = torch.rand(TIMES + WARM_UP, rows, heads, places, device=device)
+    choices = scores.topk(count).indices.sort().values.to(torch.int32)
     for order, kv in {
         "block, token, head": storage.transpose(1, 2),
         "block, head, token": storage.view(blocks, heads, page, 2 * size),
     }.items():
         slots = 4 * rows * heads * count
         pages = DevicePages(geometry, 1, blocks, heads, slots, size, kv.dtype, device, rows, context)
-        selected = chosen[0].clone()
-        replay = capture(pages, selected, kv, table, lengths, starts)
-        turns = iter(chosen)
+        chosen = choices[0].clone()
+        replay = capture(pages, chosen, kv, table, lengths, starts)
+        turns = iter(choices)
 
         def step(
-            selected: Tensor = selected,
+            chosen: Tensor = chosen,
             turns: Iterator[Tensor] = turns,
             replay: Callable[[], None] = replay,
         ) -> None:
-            selected.copy_(next(turns))
+            chosen.copy_(next(turns))
             replay()
 
         pages.counters.zero_()
@@ -220,13 +220,13 @@ def gather(load: Load) -> dict[str, Any]:
 
 
 def capture(
-    pages: DevicePages, selected: Tensor, kv: Tensor, table: Tensor, lengths: Tensor, starts: Tensor
+    pages: DevicePages, chosen: Tensor, kv: Tensor, table: Tensor, lengths: Tensor, starts: Tensor
 ) -> Callable[[], None]:
     """A step's launches for one layer, as a graph."""
 
     def step() -> None:
         pages.begin_step(table, lengths, starts, 1)
-        pages.layers[0].fetch(selected, kv, table, lengths)
+        pages.layers[0].fetch(chosen, kv, table, lengths)
 
     step()  # compiles
     torch.cuda.synchronize()
