@@ -108,7 +108,7 @@ def test_pages_of_part_of_a_block_and_every_statistic(prompt: Prompt) -> None:
 @pytest.mark.parametrize(
     ("options", "settings", "words"),
     [
-        ({"host_kv_gib": 1e6}, {}, ["host_kv_gib", "1000000.0", "GiB of host memory", "free"]),
+        ({"host_kv_gib": 1e6}, {}, ["host_kv_gib", "1000000.0", "GiB of host memory", "spared"]),
         ({}, {"kv_cache_memory_bytes": 1 << 25}, ["--kv-cache-memory-bytes", "host_kv_gib"]),
         ({}, {"num_gpu_blocks_override": 20}, ["--num-gpu-blocks-override", "host_kv_gib"]),
     ],

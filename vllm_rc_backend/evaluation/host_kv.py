@@ -8,8 +8,9 @@ the later ones the same prompts come back and are answered at length, their KV f
 * ``vllm``: vLLM's FlashAttention with its native offloading to the CPU, on as much of the device as ``host``,
 * ``gather``: no engine; how fast pages come over the bus.
 
-Dummy weights in the per-layer shape of Llama-3.1-8B, prompts of random tokens. Each runs in a process of its own; what
-is found is written after each, so that a run that is cut short keeps what it had.
+Dummy weights in the per-layer shape of Llama-3.1-8B and prompts of random tokens, or (``--model``) a trained model and
+text: how often the page cache has what is read depends on them. Each runs in a process of its own; what is found is
+written after each, so that a run that is cut short keeps what it had.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor
 from vllm_rc_backend.evaluation.child import run_child
 from vllm_rc_backend.evaluation.end_to_end import LLAMA_8B, Load
 from vllm_rc_backend.evaluation.rounds import answer_all
+from vllm_rc_backend.evaluation.text import Corpus
 from vllm_rc_backend.host_kv import pool
 from vllm_rc_backend.host_kv.memory import GIB
 from vllm_rc_backend.host_kv.page_cache import COUNTERS, DevicePages
@@ -58,18 +60,17 @@ TIMES, WARM_UP = 20, 2
 """Launches that ``gather`` times, and before them."""
 
 
-def token_bytes(layers: int) -> int:
-    """Bytes of K and V of one token, at 16 bits."""
-    return layers * HEADS * 2 * HEAD_SIZE * 2
-
-
 def make_engine(contender: str, args: argparse.Namespace) -> Any:
     """vLLM's ``LLM`` of a contender, in this process."""
     from vllm import LLM
 
     load, options = args.load, dict(args.options)
+    config: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": args.layers}
+    if args.model is not None:
+        config = json.loads((args.model / "config.json").read_text())
     longest = load.context + args.tokens + 64
-    needed = args.host_kv_gib or math.ceil(load.batch * longest * token_bytes(args.layers) / GIB) + 1
+    token_bytes = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    needed = args.host_kv_gib or math.ceil(load.batch * longest * token_bytes / GIB) + 1
     if contender == "host":
         options |= {"kv_residency": "host", "host_kv_gib": needed}
         if args.page_cache_gib is not None:
@@ -77,10 +78,10 @@ def make_engine(contender: str, args: argparse.Namespace) -> Any:
     ours = {"attention_backend": "RC_TOPK", "additional_config": {"rc_topk": options}}
     theirs = {"attention_backend": "FLASH_ATTN", "kv_offloading_size": needed}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": args.layers}))
+        Path(folder, "config.json").write_text(json.dumps(config))
         return LLM(
-            folder,
-            load_format="dummy",
+            folder if args.model is None else str(args.model),
+            load_format="dummy" if args.model is None else "auto",
             skip_tokenizer_init=True,
             max_model_len=longest,
             max_num_seqs=load.batch,
@@ -108,8 +109,11 @@ def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
     llm = make_engine(contender, args)
     started = time.perf_counter() - begun
     load, rng = args.load, random.Random(args.load.context)
+    corpus = None if args.model is None else Corpus.installed(args.model)[0]
 
     def draw(length: int) -> list[int]:
+        if corpus is not None:
+            return corpus.passage(length, rng)
         return [rng.randrange(1000, 100_000) for _ in range(length)]
 
     answer_all(llm, [draw(min(CHUNK + 2000, load.context))], exactly(8))  # compiles what the start has not
@@ -255,15 +259,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--load", type=Load.parse, default=Load(65536, 16))
     parser.add_argument("--layers", type=int, default=16, help="of the dummy model; Llama-3.1-8B has 32")
+    parser.add_argument("--model", type=Path, help="a trained model's folder, in place of dummy weights")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={}, help="of rc_topk, as JSON")
     parser.add_argument("--host-kv-gib", type=float, help="default: what the load needs")
     parser.add_argument("--page-cache-gib", type=float, help="default: what is left on the device")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.125, help="of host and vllm")
-    parser.add_argument(
-        "--out", type=Path, help="a file for all that is found, as JSON; what it has of others stays"
-    )
+    parser.add_argument("--out", type=Path, help="a file of JSON rows; what is found is added to them")
     parser.add_argument("--write", type=Path, help="one contender, in this process: a file for what it finds")
     return parser.parse_args()
 
@@ -279,17 +282,20 @@ def main() -> None:
         return
     for contender in args.contenders:
         found = run_child(__spec__.name, [*sys.argv[1:], "--contenders", contender])
-        what = {
+        row = {
+            "contender": contender,
+            "model": f"{args.layers} layers of Llama-3.1-8B's, dummy"
+            if args.model is None
+            else str(args.model),
             "load": asdict(args.load),
-            "layers": args.layers,
             "tokens": args.tokens,
             "rounds": args.rounds,
-        }
-        row = what | {"options": args.options} | found
-        print(json.dumps({contender: row}), flush=True)
+            "options": args.options,
+        } | found
+        print(json.dumps(row), flush=True)
         if args.out is not None:
-            rows = json.loads(args.out.read_text()) if args.out.exists() else {}
-            args.out.write_text(json.dumps(rows | {contender: row}, indent=1) + "\n")
+            rows = json.loads(args.out.read_text()) if args.out.exists() else []
+            args.out.write_text(json.dumps([*rows, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":
