@@ -93,6 +93,7 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         completion=layout.completion.name,
         vectors=layout.vectors,
         features=features,
+        damping=layout.completion.damping,
     )
 
 

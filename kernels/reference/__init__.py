@@ -1,6 +1,6 @@
 """The definition of every kernel in plain torch, float32, one row at a time: what the fast kernels are held to."""
 
-from vllm_rc_backend.kernels.reference.decode import complete_softmax, decode_dense, decode_sparse
+from vllm_rc_backend.kernels.reference.decode import complete_softmax, damp, decode_dense, decode_sparse
 from vllm_rc_backend.kernels.reference.memory import linear_scan, memory_step
 from vllm_rc_backend.kernels.reference.page_cache import CachedKV, PageCache, Traffic, written_pages
 from vllm_rc_backend.kernels.reference.paged import PagedKV
@@ -37,6 +37,7 @@ __all__ = [
     "Traffic",
     "absorb_pages",
     "complete_softmax",
+    "damp",
     "decode_dense",
     "decode_sparse",
     "decode_statistics",

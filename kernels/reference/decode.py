@@ -71,7 +71,25 @@ def decode_sparse(
         mid_tokens = (mid_end - geometry.sink_pages) * kv.page_size
         log_mass, value = completion.residual(query, state, mid_tokens, retrieved)
 
-    return complete_softmax(scores, values, Residual(log_mass, value))
+    residual = damp(Residual(log_mass, value), scores.logsumexp(dim=-1), completion.damping)
+    return complete_softmax(scores, values, residual)
+
+
+def damp(residual: Residual, read_log_mass: Tensor, damping: float) -> Residual:
+    """Believe a residual the less the larger it says that it is: a share w of the softmax becomes w (1 - damping w).
+
+    What a wrong value costs grows with its share, and a large share leaves little that was read to correct it.
+
+    Args:
+        residual: the estimate.
+        read_log_mass: float32 ``[..., group]``, log of the softmax mass that was read.
+        damping: in [0, 1); 0 leaves the residual as it is.
+    """
+    if not damping:
+        return residual
+    share = (residual.log_mass - read_log_mass).sigmoid()
+    share = share * (1 - damping * share)
+    return residual._replace(log_mass=read_log_mass + share.log() - (1 - share).log())
 
 
 def complete_softmax(scores: Tensor, values: Tensor, residual: Residual) -> tuple[Tensor, Tensor]:

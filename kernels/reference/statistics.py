@@ -20,13 +20,19 @@ STATISTICS_DTYPES = {16: torch.bfloat16, 8: torch.int8, 2: torch.uint8}
 STATISTICS_SCALE_BYTES = {16: 0, 8: 2, 2: 2}
 """Bytes of a vector's scale, by bits per element."""
 
+SMALLEST_SCALE = 2.0**-14
+"""The smallest that a float16 holds in full."""
+
 
 def encode_statistics(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Round to the stored form.
 
     bfloat16 is stored as it is. int8 is symmetric with one float16 scale per vector, rounded up so that nothing is
-    clipped. At 2 bits the levels are -1.5, -0.5, 0.5 and 1.5 times the vector's root mean square (one float16), close
-    to the best four of a normal distribution (Max, "Quantizing for minimum distortion", 1960).
+    clipped. At 2 bits the levels are -1.5, -0.5, 0.5 and 1.5, close to the best four of a normal distribution in units
+    of the vector's root mean square (Max, "Quantizing for minimum distortion", 1960). The scale (one float16) is not
+    that root mean square but what makes the product of the stored vector with the true one right: the nearest levels
+    shorten a vector along itself by a tenth, and with it every score (the correction of RaBitQ, Gao and Long,
+    arXiv 2405.12497).
 
     Args:
         statistics: float32 ``[..., vectors, head_size]``; head_size divides by 4 at 2 bits.
@@ -38,11 +44,17 @@ def encode_statistics(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     if dtype == torch.bfloat16:
         return statistics.to(dtype), None
     if dtype == torch.uint8:
-        rms = statistics.square().mean(dim=-1).sqrt().clamp(min=2.0**-14).half()
-        levels = ((statistics / rms.float().unsqueeze(-1)).floor().clamp(-2, 1) + 2).to(dtype)
-        first, second, third, fourth = levels.unflatten(-1, (-1, 4)).unbind(-1)
-        return first | second << 2 | third << 4 | fourth << 6, rms
-    scales = (statistics.abs().amax(dim=-1) / 127).clamp(min=2.0**-14)
+        square = statistics.square().sum(dim=-1)
+        # Rounded, so that another order of summation does not move an element to another level.
+        rms = (square / statistics.shape[-1]).sqrt().clamp(min=SMALLEST_SCALE).half().float()
+        levels = (statistics / rms.unsqueeze(-1)).floor().clamp(-2, 1)
+        # Above zero: an element and its level have the same sign.
+        along = (statistics * (levels + 0.5)).sum(dim=-1).clamp(min=SMALLEST_SCALE)
+        first, second, third, fourth = (levels + 2).to(dtype).unflatten(-1, (-1, 4)).unbind(-1)
+        return first | second << 2 | third << 4 | fourth << 6, (square / along).clamp(
+            min=SMALLEST_SCALE
+        ).half()
+    scales = (statistics.abs().amax(dim=-1) / 127).clamp(min=SMALLEST_SCALE)
     # The next float16 up: a scale rounded down would push the largest element past 127.
     rounded = scales.half()
     up = (rounded.view(torch.int16) + 1).view(torch.float16)

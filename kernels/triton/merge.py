@@ -98,6 +98,7 @@ def merge_columns(
                 log_mass, value = q_K1, rows  # as ``features.py`` left it
             if S.completion == "paged":
                 log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
+            log_mass = damp(log_mass, m + tl.log2(total), S)
             M_all = finite(tl.maximum(m, log_mass))
             D_U = tl.exp2(log_mass - M_all)
             shrink = tl.exp2(m - M_all)
@@ -112,6 +113,16 @@ def merge_columns(
         o.to(out.dtype.element_ty),
         mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
     )
+
+
+@triton.jit
+def damp(log_mass, read_log_mass, S: tl.constexpr):
+    """A residual's log-mass ``[merge_rows]``, the lower the larger its share; base 2. Twin of ``reference.damp``."""
+    if S.damping > 0:
+        share = 1 / (1 + tl.exp2(read_log_mass - log_mass))
+        share *= 1 - S.damping * share
+        log_mass = read_log_mass + tl.log2(share / (1 - share))
+    return log_mass
 
 
 @triton.jit

@@ -24,7 +24,7 @@ CUT_OUT = tl.constexpr(
         "shr.u32 $0, $1, 4; and.b32 $0, $0, 0x0C0C0C0C;",
     )
 )
-SMALLEST_RMS = tl.constexpr(2.0**-14)
+SMALLEST_SCALE = tl.constexpr(2.0**-14)
 
 
 @triton.jit
@@ -170,9 +170,11 @@ def run_scores(codes, scales, index, a, b, c, d, factor, offset, mask, S: tl.con
     sums = tl.dot(_cut_out(stored, 3), tl.trans(d), sums, out_dtype=tl.int32)
     # Page first, as they lie in memory: only loads of four bytes or more are issued ahead.
     run = tl.arange(0, V)
-    rms = tl.load(scales + index[:, None] + run[None, :], mask=mask[:, None] & (run >= 0)[None, :], other=0.0)
-    rms = tl.permute(tl.reshape(rms, [TILE, ROWS, RUNS]), (1, 0, 2)).to(tl.float32)
-    scores = tl.reshape(sums.to(tl.float32) * factor[None, :], [ROWS, TILE, RUNS, N]) * rms[:, :, :, None]
+    unit = tl.load(
+        scales + index[:, None] + run[None, :], mask=mask[:, None] & (run >= 0)[None, :], other=0.0
+    )
+    unit = tl.permute(tl.reshape(unit, [TILE, ROWS, RUNS]), (1, 0, 2)).to(tl.float32)
+    scores = tl.reshape(sums.to(tl.float32) * factor[None, :], [ROWS, TILE, RUNS, N]) * unit[:, :, :, None]
     best = tl.max(tl.max(scores, 0), 1)
     total = tl.sum(tl.sum(tl.exp2(scores - best[None, :, None, :]), 0), 1)
     return best + _log2(total * (1.0 / V))
@@ -204,19 +206,28 @@ def finish_runs(
     c = _run_means(kv, page, 2, key_scale, stride_block, stride_token, S)
     d = _run_means(kv, page, 3, key_scale, stride_block, stride_token, S)
     # A rotation keeps the mean square.
-    rms = tl.sqrt(tl.sum((a * a + b * b) + (c * c + d * d), 0) / S.head_size)
-    rms = tl.maximum(rms, SMALLEST_RMS).to(tl.float16)
+    square = tl.sum((a * a + b * b) + (c * c + d * d), 0)
+    rms = tl.maximum(tl.sqrt(square / S.head_size), SMALLEST_SCALE).to(tl.float16).to(tl.float32)
     run, j = tl.arange(0, 16), tl.arange(0, S.block_q)
     real = run < S.vectors
-    tl.store(scales + index + run, rms, mask=real)
     a, b, c, d = _rotate_places(a, b, c, d, rotation, 3, S)
-    step = rms.to(tl.float32)[None, :] * tl.sqrt(tl.full([], S.rotated, tl.float32))
+    root = tl.sqrt(tl.full([], S.rotated, tl.float32))
+    step = (rms * root)[None, :]
+    along = _along(a, step) + _along(b, step) + _along(c, step) + _along(d, step)
+    scale = square / tl.maximum(along / root, SMALLEST_SCALE)
+    tl.store(scales + index + run, tl.maximum(scale, SMALLEST_SCALE).to(tl.float16), mask=real)
     packed = _code(a / step) | _code(b / step) << 2 | _code(c / step) << 4 | _code(d / step) << 6
     tl.store(
         codes + (index + run)[None, :] * (S.head_size // 4) + j[:, None],
         packed.to(tl.uint8),
         mask=real[None, :] & (j < S.head_size // 4)[:, None],
     )
+
+
+@triton.jit
+def _along(x, step):
+    """What the elements of one place give to the product of each vector with its levels: float32 ``[16]``."""
+    return tl.sum(x * (_code(x / step).to(tl.float32) - 1.5), 0)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ class Shape:
         completion: ``linear``, ``paged``, ``features`` or ``none``.
         vectors: statistics kept per page.
         features: of the completion ``features``, D_phi; otherwise 0.
+        damping: of the completion.
     """
 
     geometry: Geometry
@@ -40,6 +41,7 @@ class Shape:
     completion: str
     vectors: int
     features: int
+    damping: float
 
     @property
     def block_d(self) -> int:

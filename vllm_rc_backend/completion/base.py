@@ -41,6 +41,8 @@ class Completion:
     name: ClassVar[str]
     needs_mass: ClassVar[bool] = False
     """Whether it reads ``Retrieved.unread_log_mass``, and so goes only with policies that ``estimates_mass``."""
+    damping: ClassVar[float] = 0.0
+    """How much less of a large share of the softmax is believed, see ``kernels.reference.damp``."""
     precise_rows: ClassVar[int] = 0
     """Last rows of the state that decoding reads from both bfloat16 planes; the others from the high one."""
 

@@ -26,6 +26,7 @@ class Paged(Linear):
 
     name: ClassVar[str] = "paged"
     needs_mass: ClassVar[bool] = True
+    damping: ClassVar[float] = 0.2
 
     def residual(self, query: Tensor, state: Tensor, count: int, retrieved: Retrieved) -> Residual:
         estimate = super().residual(query, state, count, retrieved)

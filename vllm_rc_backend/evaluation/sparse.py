@@ -20,6 +20,7 @@ from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import (
     STATISTICS_DTYPES,
     complete_softmax,
+    damp,
     decode_statistics,
     encode_statistics,
     read_state,
@@ -150,6 +151,7 @@ def sparse_window(
             (page_values, anchor_values.expand(last - first, *anchor_values.shape)), dim=-2
         )
 
+        residual = damp(residual, scores.logsumexp(dim=-1), setting.completion.damping)
         out, share = complete_softmax(scores, run_values, residual)
         output[:, first:last] = out.transpose(0, 1)
         if probe is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.unit.paging import GROUP, HEADS, Cache, as_table, geometry, random_query, random_tokens
 from vllm_rc_backend.completion import COMPLETIONS, Residual, make_completion
-from vllm_rc_backend.kernels.reference import complete_softmax, decode_dense, decode_sparse
+from vllm_rc_backend.kernels.reference import complete_softmax, damp, decode_dense, decode_sparse
 
 
 class Row:
@@ -139,3 +139,27 @@ def test_a_residual_made_of_the_missing_tokens_gives_dense() -> None:
     output, share = complete_softmax(scores[..., :20], values[:, :20], exact)
     assert torch.allclose(output, decode_dense(query, keys, values), atol=1e-5)
     assert torch.allclose(share, scores.softmax(dim=-1)[..., 20:].sum(dim=-1), atol=1e-5)
+
+
+@given(st.floats(-100, 100), st.floats(-100, 100), st.floats(0.05, 0.9))
+def test_a_damped_share(log_mass: float, read_log_mass: float, damping: float) -> None:
+    residual, read = Residual(torch.tensor([log_mass]), torch.ones(1, 8)), torch.tensor([read_log_mass])
+    share = (residual.log_mass - read).sigmoid()
+    damped = damp(residual, read, damping)
+    assert torch.allclose((damped.log_mass - read).sigmoid(), share * (1 - damping * share), rtol=1e-4)
+    assert torch.equal(damped.value, residual.value)
+    assert damp(residual, read, 0.0) is residual
+
+
+def test_nothing_left_stays_nothing_when_damped() -> None:
+    nothing = Residual(torch.full((2, 3), -torch.inf), torch.zeros(2, 3, 8))
+    assert (damp(nothing, torch.zeros(2, 3), 0.2).log_mass == -torch.inf).all()
+
+
+def test_decoding_damps_what_its_completion_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row(60)
+    pages, state = torch.tensor([[1, 5]] * 2), row.state("linear")
+    _, share = row.decode(pages, "linear", state)
+    monkeypatch.setattr(type(make_completion("linear")), "damping", 0.3)
+    _, damped = row.decode(pages, "linear", state)
+    assert torch.allclose(damped, share * (1 - 0.3 * share), rtol=1e-4)
