@@ -18,6 +18,9 @@ from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.paged import PagedKV
 from vllm_rc_backend.kernels.reference.statistics import finished_pages
 
+LOOKBACK = 512
+"""Pages before its own that a row looks through for a state to go on from: an earlier turn of the same chat, say."""
+
 
 @dataclass
 class SummaryTags:
@@ -79,8 +82,8 @@ def plan_summaries(
 
     1. Pages that this step rewrites lose their tag.
     2. A row whose mid region is held by a slot reads it as it is; several rows may share one.
-    3. A row that is held up to the previous step's mid region advances: in place if it is alone with that slot, into
-       a new slot otherwise (sequences that share a prefix part here).
+    3. A row that is held up to the previous step's mid region, or to one of ``LOOKBACK`` pages before, advances: in
+       place if it is alone with that slot, into a new slot otherwise (sequences that share a prefix part here).
     4. Any other row is rebuilt from the first mid page into a new slot. No free slot: no summary in this step.
 
     Args:
@@ -110,9 +113,14 @@ def plan_summaries(
             plan.first[row] = plan.last[row] = mid_end
             users[slot] += 1
             continue
-        source = tags.find(page_id(row, before - 1)) if before > geometry.sink_pages else -1
+        source, first = -1, geometry.sink_pages
+        for held in range(before, max(before - LOOKBACK, geometry.sink_pages), -1):
+            source = tags.find(page_id(row, held - 1))
+            if source >= 0:
+                first = held
+                break
         plan.source[row] = source
-        plan.first[row] = before if source >= 0 else geometry.sink_pages
+        plan.first[row] = first
         plan.last[row] = mid_end
         if source >= 0:
             users[source] += 1

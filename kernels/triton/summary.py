@@ -6,9 +6,14 @@ Twins of ``reference.plan_summaries`` and ``reference.absorb_pages``; the tags a
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.reference.summary import LOOKBACK as PAGES
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.paged import page_of, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end
+
+LOOKBACK = tl.constexpr(PAGES)
+BACK = tl.constexpr(16)
+"""Of these pages, so many are looked up at a time."""
 
 
 @triton.jit
@@ -69,6 +74,19 @@ def plan_kernel(
     held = slot >= 0
     grows = wants & (slot < 0) & (before > g.sink_pages)
     source = _find(slot_page, page_slot, page_of(table, tl.maximum(before - 1, 0), grows, g), grows)
+    first = tl.where(source >= 0, before, g.sink_pages)
+    seeks = (grows & (source < 0)).to(tl.int32)
+    back = 1
+    while (tl.max(seeks, 0) > 0) & (back < LOOKBACK):
+        nth = back + tl.arange(0, BACK)[None, :]
+        ends = before[:, None] - nth
+        there = (seeks[:, None] > 0) & (ends > g.sink_pages) & (nth < LOOKBACK)
+        known = _find(slot_page, page_slot, page_of(table[:, None], tl.maximum(ends - 1, 0), there, g), there)
+        latest = tl.max(tl.where(known >= 0, ends, 0), 1)
+        source = tl.maximum(source, tl.max(tl.where(ends == latest[:, None], known, -1), 1))
+        first = tl.where(latest > 0, latest, first)
+        seeks = tl.where((latest > 0) | (before - back - BACK < g.sink_pages), 0, seeks)
+        back += BACK
     extends = source >= 0
     tl.atomic_add(users + tl.where(held, slot, tl.maximum(source, 0)), 1, mask=held | extends, sem="relaxed")
     tl.debug_barrier()
@@ -88,7 +106,7 @@ def plan_kernel(
     assigned = alone | gets
     slot = tl.where(held, slot, tl.where(alone, source, fresh))
     source = tl.where(assigned, source, -1)
-    first = tl.where(held, last, tl.where(extends, before, g.sink_pages))
+    first = tl.where(held, last, first)
     planned = held | assigned
     tl.store(plan_slot + row, slot, mask=real)
     tl.store(plan_source + row, source, mask=real)

@@ -1,7 +1,7 @@
 """``python -m vllm_rc_backend.evaluation.host_kv``: KV pages in host memory, beside what else serves the same load.
 
-The load: so many prompts of one length, answered twice. In the first round each gets one token, which is prefill. In
-the later ones the same prompts come back and are answered at length, their KV found where the first left it. By whom:
+The load: so many chats of one length. In the first round each gets one token, which is prefill. In the later ones
+all come back at once with a short question and are answered at length, their KV found where it was left. By whom:
 
 * ``host``: rc_topk with the KV pages in host memory,
 * ``gpu``: rc_topk with every page on the device, which is given nearly all of it,
@@ -56,6 +56,9 @@ CHUNK = 16384
 HEADS, HEAD_SIZE = 8, 128
 """Of K and V in ``LLAMA_8B``."""
 
+QUESTION = 16
+"""Tokens that a chat comes back with."""
+
 TIMES, WARM_UP = 20, 2
 """Launches that ``gather`` times, and before them."""
 
@@ -68,7 +71,7 @@ def make_engine(contender: str, args: argparse.Namespace) -> Any:
     config: dict[str, Any] = LLAMA_8B | {"num_hidden_layers": args.layers}
     if args.model is not None:
         config = json.loads((args.model / "config.json").read_text())
-    longest = load.context + args.tokens + 64
+    longest = load.context + 1 + args.rounds * (QUESTION + args.tokens)
     token_bytes = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     needed = args.host_kv_gib or math.ceil(load.batch * longest * token_bytes / GIB) + 1
     if contender == "host":
@@ -101,7 +104,7 @@ def exactly(tokens: int) -> Any:
 
 
 def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Both rounds on one contender. Times in milliseconds."""
+    """All rounds on one contender. Times in milliseconds; lists have an entry a round."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
         "0"  # each step is timed, and its counters read, in this process
     )
@@ -118,11 +121,14 @@ def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
 
     answer_all(llm, [draw(min(CHUNK + 2000, load.context))], exactly(8))  # compiles what the start has not
     prompts = [draw(load.context) for _ in range(load.batch)]
-    prefill = answer_all(llm, prompts, exactly(1))
+    prefill = last = answer_all(llm, prompts, exactly(1))
     before: list[Counts] = []
     rounds, traffic = [], []
     for _ in range(args.rounds):
-        rounds.append(answer_all(llm, prompts, exactly(args.tokens), lambda: before.append(read_counts())))
+        prompts = [[*p, *a, *draw(QUESTION)] for p, a in zip(prompts, last.answers, strict=True)]
+        rounds.append(
+            last := answer_all(llm, prompts, exactly(args.tokens), lambda: before.append(read_counts()))
+        )
         traffic.append(read_counts().since(before[-1]) if before else Counts())
         print(
             f"{contender}: {rounds[-1].tokens / rounds[-1].total:.1f} tokens/s", file=sys.stderr, flush=True
@@ -133,10 +139,10 @@ def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
         "gpu_memory_utilization": cache.gpu_memory_utilization,
         "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         "prefill_ms": prefill.total * 1e3,
-        "return_ms": statistics.median(r.first for r in rounds) * 1e3,
-        "settling_ms": statistics.median(r.settling for r in rounds) * 1e3,
+        "return_ms": [r.first * 1e3 for r in rounds],
+        "settling_ms": [r.settling * 1e3 for r in rounds],
         "decoding_together": min(r.together for r in rounds),
-        "tokens_per_s": statistics.median(r.tokens / r.total for r in rounds),
+        "tokens_per_s": [r.tokens / r.total for r in rounds],
     }
     steps = sorted(1e3 * step for r in rounds for step in r.steps)
     if steps:

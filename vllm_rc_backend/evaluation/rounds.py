@@ -28,7 +28,7 @@ class Round:
         total: until every sequence has its last.
         steps: each step between two in which all sequences got a token.
         together: the most sequences that got a token in one step.
-        tokens: that were generated.
+        answers: tokens that were generated, by prompt.
     """
 
     first: float
@@ -36,7 +36,12 @@ class Round:
     total: float
     steps: list[float]
     together: int
-    tokens: int
+    answers: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        """That were generated."""
+        return sum(len(answer) for answer in self.answers)
 
 
 def answer_all(
@@ -51,16 +56,17 @@ def answer_all(
     """
     engine = llm.llm_engine
     begun = last = time.perf_counter()
-    for prompt in prompts:
-        engine.add_request(f"round-{next(_names)}", {"prompt_token_ids": prompt}, params)
-    said: dict[str, int] = {}
+    names = [f"round-{next(_names)}" for _ in prompts]
+    for name, prompt in zip(names, prompts, strict=True):
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    said: dict[str, list[int]] = {}
     first, settling, together, full, steps = 0.0, 0.0, 0, 0, []
     while engine.has_unfinished_requests():
         grown = 0
         for output in engine.step():
-            count = len(output.outputs[0].token_ids)
-            grown += count > said.get(output.request_id, 0)
-            said[output.request_id] = count
+            tokens = list(output.outputs[0].token_ids)
+            grown += len(tokens) > len(said.get(output.request_id, []))
+            said[output.request_id] = tokens
         now = time.perf_counter()
         if len(said) == len(prompts) and not first:
             first = now - begun
@@ -74,4 +80,4 @@ def answer_all(
         elif full > SETTLED:
             steps.append(now - last)
         last = now
-    return Round(first, settling, last - begun, steps, together, sum(said.values()))
+    return Round(first, settling, last - begun, steps, together, [said[name] for name in names])

@@ -49,6 +49,7 @@ def test_all_decode_together() -> None:
     )
     assert found.together == 3
     assert found.tokens == 60
+    assert found.answers == [[0] * 20] * 3
     assert settled == [2 + SETTLED]
     assert len(found.steps) == 18 - SETTLED, "from the third step to the twentieth all three say something"
     assert all(step >= 0.002 for step in found.steps)

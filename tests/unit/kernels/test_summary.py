@@ -18,7 +18,7 @@ from vllm_rc_backend.kernels.reference import (
     plan_summaries,
     read_state,
 )
-from vllm_rc_backend.kernels.reference.summary import split_planes
+from vllm_rc_backend.kernels.reference.summary import LOOKBACK, split_planes
 
 LINEAR = make_completion("linear")
 BLOCKS = 60
@@ -170,6 +170,18 @@ def test_sequences_that_share_a_prefix_share_its_state_and_part_by_copying() -> 
     slots, sources = advance(tags, tables, [41, 41])
     assert sources == [slot, slot]
     assert len({slot, *slots}) == 3
+
+
+def test_a_later_turn_goes_on_from_the_state_of_an_earlier_one() -> None:
+    tags = SummaryTags.empty(4, 2 * LOOKBACK)
+    table = list(range(LOOKBACK))  # blocks of two pages
+    slots, _ = advance(tags, [table], [40])
+    for seq_len, source in (
+        (40 + 4 * (LOOKBACK - 1), slots[0]),
+        (40 + 4 * (2 * LOOKBACK - 12), -1),
+    ):
+        fresh = SummaryTags(*(x.clone() for x in (tags.slot_page, tags.page_slot, tags.next_slot)))
+        assert advance(fresh, [table], [seq_len])[1] == [source]
 
 
 def test_a_rewritten_page_is_not_found() -> None:

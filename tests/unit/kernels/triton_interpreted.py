@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.kernels.remember_check import check_remember
-from vllm_rc_backend.attention_triton import Tuning
+from vllm_rc_backend.attention_triton import SummaryPlanner, Tuning
 from vllm_rc_backend.decaying_memory import launch_linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 from vllm_rc_backend.kernels import reference
+from vllm_rc_backend.kernels.reference import SummaryTags
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
 FEATURES: dict[str, Any] = {**RUNS, "completion": "features"}
@@ -239,6 +243,34 @@ def test_sequences_that_share_a_prefix_part(completion: str) -> None:
             runner.skip([seq_len, seq_len])
     first, second = runner.planner.current.slot.tolist()
     assert first != second
+
+
+def test_plans_are_those_of_the_reference() -> None:
+    """Chats whose turns come back, some with a prefix of another, and that lose their slots to others at times."""
+    geometry, rows, width = Case().geometry, 4, 700
+    tags = [SummaryTags.empty(3, 4 * width) for _ in range(2)]
+    planner = SummaryPlanner(geometry, tags[0], rows)
+    table = torch.randperm(rows * width, dtype=torch.int32).view(rows, width)
+    table[1, :150] = table[0, :150]
+    random.seed(1)
+    lengths, found = [random.randint(3000, 9000) for _ in range(rows)], Counter[str]()
+    for _ in range(150):
+        turn = random.random() < 0.2
+        query_lens = [random.choice((0, 1, 1, 1, 40 if turn else 1, 600 if turn else 1)) for _ in range(rows)]
+        for row, count in enumerate(query_lens):
+            lengths[row] = lengths[row] + count if lengths[row] + count < 10_000 else 3000
+        seq_lens = [n if count else 0 for n, count in zip(lengths, query_lens, strict=True)]
+        starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+        got = planner.plan(table, torch.tensor(seq_lens, dtype=torch.int32), starts)
+        expected = reference.plan_summaries(tags[1], geometry, table, seq_lens, query_lens)
+        for mine, theirs in zip(astuple(got), astuple(expected), strict=True):
+            assert mine[:rows].tolist() == theirs.tolist()
+        for row in range(rows):
+            pages = int(expected.last[row] - expected.first[row])
+            if expected.slot[row] >= 0 and pages:
+                found["built" if expected.source[row] < 0 else "far" if pages > 1 else "next"] += 1
+        assert torch.equal(tags[0].slot_page, tags[1].slot_page)
+    assert min(found[kind] for kind in ("built", "far", "next")) >= 5, found
 
 
 @pytest.mark.parametrize(
