@@ -45,7 +45,7 @@ many had no summary), tokens in their contexts, tokens whose K and V one KV head
 read, the residual's share of the softmax mass (of KV head 0, in millionths), and summaries that were summed up from all
 pages of a mid region instead of advanced."""
 
-GROUP_RULES = ("max", "mean")
+GROUP_RULES = ("max", "mean", "sum")
 COMPLETIONS = ("linear", "paged", "features", "none")
 MOST_FEATURES = 256
 """Of a KV head, that a program has registers and shared memory for (a test compiles it to see)."""

@@ -31,7 +31,7 @@ def _option(default: Any, allowed: str, doc: str) -> Any:
     return field(default=default, metadata={"allowed": allowed, "doc": doc})
 
 
-GROUP_RULES = ("max", "mean", "softmax")
+GROUP_RULES = ("max", "mean", "sum", "softmax")
 KV_RESIDENCIES = ("gpu", "host")
 
 

@@ -15,8 +15,8 @@ def reduce_group(scores: Tensor, rule: str) -> Tensor:
 
     Args:
         scores: ``[..., group, pages]``.
-        rule: ``max``; ``mean``; or ``softmax``: the sum over the query heads of the page's share of that head's
-            softmax over pages.
+        rule: ``max``; ``mean``; ``sum``: the log of the sum over the query heads of exp(score); or ``softmax``: the sum
+            over the query heads of the page's share of that head's softmax over pages.
 
     Returns:
         ``[..., pages]``.
@@ -25,9 +25,11 @@ def reduce_group(scores: Tensor, rule: str) -> Tensor:
         return scores.amax(dim=-2)
     if rule == "mean":
         return scores.mean(dim=-2)
+    if rule == "sum":
+        return scores.logsumexp(dim=-2)
     if rule == "softmax":
         return scores.softmax(dim=-1).sum(dim=-2)
-    raise ValueError(f"group rule {rule!r} is not max, mean or softmax")
+    raise ValueError(f"group rule {rule!r} is not max, mean, sum or softmax")
 
 
 def score_pages(query: Tensor, statistics: Tensor, policy: PagePolicy, rule: str) -> Tensor:

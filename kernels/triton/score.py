@@ -145,10 +145,13 @@ def score_pages(
             if S.vectors == 2:
                 scores += _products(codes, index + 1, unit2, high2, low2, factor2, real, S)
             scores *= LOG2_E
-        if S.group_rule == "max":
-            group_score = tl.max(tl.where(member[None, :], scores, float("-inf")), 1)
-        else:
+        if S.group_rule == "mean":
             group_score = tl.sum(tl.where(member[None, :], scores, 0.0), 1) / S.group
+        else:
+            counted = tl.where(member[None, :], scores, float("-inf"))
+            group_score = tl.max(counted, 1)
+            if S.group_rule == "sum":
+                group_score += tl.log2(tl.sum(tl.exp2(counted - group_score[:, None]), 1))
         key = tl.where(real, ordered_key(group_score), LOWEST)
         tl.store(keys + i, key, mask=real)
         if GROUP > 1:

@@ -24,7 +24,7 @@ class Shape:
         query_map: what the second statistic is multiplied with, ``abs`` (box), ``square`` (mean_var), or ``none``
             for a policy with one vector; ``runs`` for the policy of that name, whose score is of another form.
         spread_weight: weight of that second term.
-        group_rule: ``max`` or ``mean`` over the query heads of a KV head.
+        group_rule: ``max``, ``mean`` or ``sum`` over the query heads of a KV head.
         completion: ``linear``, ``paged``, ``features`` or ``none``.
         vectors: statistics kept per page.
         features: of the completion ``features``, D_phi; otherwise 0.

@@ -34,6 +34,9 @@ CASES = {
     "runs, fp8, mean over the group": Case(
         **RUNS, **FP8, head_size=128, group=8, group_rule="mean", seq_lens=RAGGED
     ),
+    "runs, sum over the group": Case(
+        **RUNS, completion="paged", head_size=128, group=8, group_rule="sum", seq_lens=RAGGED
+    ),
     "runs in two levels": Case(
         **RUNS,
         completion="paged",

@@ -26,14 +26,15 @@ def test_group_rules() -> None:
     scores = torch.tensor([[[5.0, 0.0, 2.0], [-100.0, 0.0, 2.0]]])
     assert reduce_group(scores, "max").tolist() == [[5.0, 0.0, 2.0]]
     assert reduce_group(scores, "mean").tolist() == [[-47.5, 0.0, 2.0]]
+    assert torch.allclose(reduce_group(scores, "sum"), scores.exp().sum(dim=1).log())
     shares = scores.softmax(dim=-1)
     assert torch.allclose(reduce_group(scores, "softmax"), shares[:, 0] + shares[:, 1])
-    with pytest.raises(ValueError, match="'min' is not max, mean or softmax"):
+    with pytest.raises(ValueError, match="'min' is not max, mean, sum or softmax"):
         reduce_group(scores, "min")
 
 
 @given(st.permutations(range(4)))
 def test_group_rules_do_not_depend_on_the_order_of_heads(order: list[int]) -> None:
     scores = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(1))
-    for rule in ("max", "mean", "softmax"):
+    for rule in ("max", "mean", "sum", "softmax"):
         assert torch.allclose(reduce_group(scores[:, order], rule), reduce_group(scores, rule))

@@ -58,6 +58,10 @@ CASES = {
         1,
     ),
     "moba, mass from the scores": (Case(selection="moba", completion="paged", heads=1), 1),
+    "runs, sum over the group, 5 query heads": (
+        Case(**RUNS, group_rule="sum", completion="paged", group=5, heads=1),
+        2,
+    ),
     "box": (Case(), 2),
     "8-bit statistics, ragged, padding row": (Case(seq_lens=(300, 208, 0, 90), statistics_bits=8), 2),
     "mean_var, mean over the group, fp16, head size 96": (
