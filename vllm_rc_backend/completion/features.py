@@ -34,6 +34,7 @@ class Features(Completion):
     """
 
     name: ClassVar[str] = "features"
+    damping: ClassVar[float] = 0.3
     key_weight: Tensor = field(repr=False)
     key_bias: Tensor = field(repr=False)
     query_weight: Tensor = field(repr=False)
