@@ -4,7 +4,7 @@ The load: so many chats of one length. In the first round each gets one token, w
 all come back at once with a short question and are answered at length, their KV found where it was left. By whom:
 
 * ``host``: rc_topk with the KV pages in host memory,
-* ``gpu``: rc_topk with every page on the device, which is given nearly all of it,
+* ``gpu``: rc_topk with every page on the device,
 * ``vllm``: vLLM's FlashAttention with its native offloading to the CPU, on as much of the device as ``host``,
 * ``gather``: no engine; how fast pages come over the bus.
 
@@ -16,6 +16,7 @@ written after each, so that a run that is cut short keeps what it had.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,6 @@ from vllm_rc_backend.observability.meter import Counts
 CONTENDERS = ("gather", "host", "gpu", "vllm")
 BUS = 55e9
 """Bytes a second of large copies from pinned memory to an H200 (PCIe 5, 16 lanes), measured."""
-
-RESIDENT = 0.92
-"""Share of the device that ``gpu`` is given."""
 
 CHUNK = 16384
 """Tokens of a prefill step."""
@@ -78,8 +77,11 @@ def make_engine(contender: str, args: argparse.Namespace) -> Any:
         options |= {"kv_residency": "host", "host_kv_gib": needed}
         if args.page_cache_gib is not None:
             options["page_cache_gib"] = args.page_cache_gib
-    ours = {"attention_backend": "RC_TOPK", "additional_config": {"rc_topk": options}}
-    theirs = {"attention_backend": "FLASH_ATTN", "kv_offloading_size": needed}
+    own: dict[str, Any] = {"attention_backend": "RC_TOPK", "additional_config": {"rc_topk": options}}
+    if contender == "gpu":
+        own["kv_cache_memory_bytes"] = int(needed * GIB)
+    elif contender == "vllm":
+        own = {"attention_backend": "FLASH_ATTN", "kv_offloading_size": needed}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         return LLM(
@@ -89,10 +91,11 @@ def make_engine(contender: str, args: argparse.Namespace) -> Any:
             max_model_len=longest,
             max_num_seqs=load.batch,
             max_num_batched_tokens=CHUNK,
-            gpu_memory_utilization=RESIDENT if contender == "gpu" else args.gpu_memory_utilization,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            compilation_config={"cudagraph_capture_sizes": [load.batch]},
             enable_prefix_caching=True,
             disable_log_stats=True,
-            **(theirs if contender == "vllm" else ours),
+            **own,
         )
 
 
@@ -104,10 +107,9 @@ def exactly(tokens: int) -> Any:
 
 
 def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All rounds on one contender. Times in milliseconds; lists have an entry a round."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-        "0"  # each step is timed, and its counters read, in this process
-    )
+    """Start a contender and measure it."""
+    # Each step is timed, and the kernels' counters are read, in this process.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     begun = time.perf_counter()
     llm = make_engine(contender, args)
     started = time.perf_counter() - begun
@@ -120,6 +122,30 @@ def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
         return [rng.randrange(1000, 100_000) for _ in range(length)]
 
     answer_all(llm, [draw(min(CHUNK + 2000, load.context))], exactly(8))  # compiles what the start has not
+    with alone(args.lock):
+        return measure(contender, llm, draw, args) | {"start_s": started}
+
+
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Hold a file's lock, so that contenders can start side by side and be measured one by one."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure(
+    contender: str, llm: Any, draw: Callable[[int], list[int]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """All rounds. Times in milliseconds; lists have an entry a round.
+
+    Args:
+        draw: so many tokens that no prompt had before.
+    """
+    load = args.load
     prompts = [draw(load.context) for _ in range(load.batch)]
     prefill = last = answer_all(llm, prompts, exactly(1))
     before: list[Counts] = []
@@ -135,9 +161,8 @@ def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
         )
     cache = llm.llm_engine.vllm_config.cache_config
     found: dict[str, Any] = {
-        "start_s": started,
-        "gpu_memory_utilization": cache.gpu_memory_utilization,
         "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        "device_gib": torch.cuda.max_memory_reserved() / GIB,
         "prefill_ms": prefill.total * 1e3,
         "return_ms": [r.first * 1e3 for r in rounds],
         "settling_ms": [r.settling * 1e3 for r in rounds],
@@ -154,6 +179,7 @@ def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
             for name in ("pages_wanted", "pages_found", "pages_evicted", "host_bytes_fetched", "sparse_rows")
         )
         found |= {
+            "device_gib": (torch.cuda.max_memory_reserved() - pool.held_bytes()) / GIB,
             "page_cache_gib": page_cache_bytes(llm) / GIB,
             "hit_rate": got / wanted,
             "bus_bytes_per_token": nbytes / rows,
@@ -272,7 +298,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--options", type=json.loads, default={}, help="of rc_topk, as JSON")
     parser.add_argument("--host-kv-gib", type=float, help="default: what the load needs")
     parser.add_argument("--page-cache-gib", type=float, help="default: what is left on the device")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.125, help="of host and vllm")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.125,
+        help="of host, if it has no --page-cache-gib, and vllm",
+    )
+    parser.add_argument(
+        "--lock", type=Path, help="a file to lock while measuring, if several are started at once"
+    )
     parser.add_argument("--out", type=Path, help="a file of JSON rows; what is found is added to them")
     parser.add_argument("--write", type=Path, help="one contender, in this process: a file for what it finds")
     return parser.parse_args()
