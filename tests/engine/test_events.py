@@ -100,6 +100,19 @@ def test_fewer_slots_than_sequences_is_counted(prompt: Prompt, audit: Audit) -> 
     assert counted.summaries_built >= 2
 
 
+def test_a_later_turn_builds_no_summary(prompt: Prompt, audit: Audit) -> None:
+    before = meter.get().totals()
+    with engine("rc_topk", SMALL) as llm:
+        # The mid region ends with token 640, a full block, which vLLM keeps for the next turn.
+        (first,) = llm.generate([prompt(600)], greedy(58), use_tqdm=False)
+        history = [*first.prompt_token_ids, *first.outputs[0].token_ids]
+        assert meter.get().totals().since(before).summaries_built == 1
+        more = {"prompt_token_ids": history + prompt(150, 3)["prompt_token_ids"][1:]}
+        llm.generate([more], greedy(20), use_tqdm=False)
+    audit.assert_right()
+    assert meter.get().totals().since(before).summaries_built == 1
+
+
 def test_beams_share_and_part(prompt: Prompt, always_sparse: None) -> None:
     """Beam search copies and drops sequences that share most of their pages: to vLLM, new requests at every token."""
     from vllm.sampling_params import BeamSearchParams
