@@ -66,16 +66,15 @@ def decode_sparse(
     values = torch.cat((sink_values, page_values, tail_values), dim=-2)
 
     if state is None:
-        log_mass, value = torch.full_like(scores[..., 0], -torch.inf), torch.zeros_like(query)
+        residual = Residual(torch.full_like(scores[..., 0], -torch.inf), torch.zeros_like(query))
     else:
         mid_tokens = (mid_end - geometry.sink_pages) * kv.page_size
-        log_mass, value = completion.residual(query, state, mid_tokens, retrieved)
+        residual = completion.residual(query, state, mid_tokens, retrieved)
 
-    residual = damp(Residual(log_mass, value), scores.logsumexp(dim=-1), completion.damping)
-    return complete_softmax(scores, values, residual)
+    return complete_softmax(scores, values, damp(residual, scores.logsumexp(dim=-1)))
 
 
-def damp(residual: Residual, read_log_mass: Tensor, damping: float) -> Residual:
+def damp(residual: Residual, read_log_mass: Tensor) -> Residual:
     """Believe a residual the less the larger it says that it is: a share w of the softmax becomes w (1 - damping w).
 
     What a wrong value costs grows with its share, and a large share leaves little that was read to correct it.
@@ -83,12 +82,11 @@ def damp(residual: Residual, read_log_mass: Tensor, damping: float) -> Residual:
     Args:
         residual: the estimate.
         read_log_mass: float32 ``[..., group]``, log of the softmax mass that was read.
-        damping: in [0, 1); 0 leaves the residual as it is.
     """
-    if not damping:
+    if residual.damping is None:
         return residual
     share = (residual.log_mass - read_log_mass).sigmoid()
-    share = share * (1 - damping * share)
+    share = share * (1 - residual.damping * share)
     return residual._replace(log_mass=read_log_mass + share.log() - (1 - share).log())
 
 

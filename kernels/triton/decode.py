@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
-from vllm_rc_backend.kernels.triton.linear import LOG2_E, tilt
+from vllm_rc_backend.kernels.triton.linear import LOG2_E, damping, tilt
 from vllm_rc_backend.kernels.triton.mass import finite, page_scores, retrieved_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
@@ -381,13 +381,16 @@ def _summarise(query, stride_query_head, state, n_mid, scale, partial_out, parti
     heads = tl.arange(0, S.block_m)
     cols = tl.arange(0, S.block_d)
     counted = heads <= S.group
-    rows, q_K1 = tilt(query, stride_query_head, state, n_mid.to(tl.float32), scale, S, 64)
+    n = n_mid.to(tl.float32)
+    rows, q_K1 = tilt(query, stride_query_head, state, n, scale, S, 64)
     tl.store(
         partial_out + heads[:, None] * S.block_d + cols[None, :],
         rows,
         mask=counted[:, None] & (cols < S.head_size)[None, :],
     )
     tl.store(partial_stats + heads, q_K1, mask=counted)
+    if S.completion == "paged":
+        tl.store(partial_stats + S.merge_rows + heads, damping(rows, n, S), mask=counted)
 
 
 @triton.jit

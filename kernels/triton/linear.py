@@ -10,6 +10,7 @@ import triton.language as tl
 from vllm_rc_backend.kernels.triton.matmul import dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -64,6 +65,15 @@ def tilt(query, stride_query_head, state, n, scale, S: tl.constexpr, CHUNK: tl.c
     mean_score = q_K1 * (scale / n)
     result = q_C * (scale / n) - mean_score[:, None] * (V1 / n)[None, :]
     return tl.where((heads == S.group)[:, None], V1[None, :], result), q_K1 * (scale * LOG2_E)
+
+
+@triton.jit
+def damping(tilt_rows, n, S: tl.constexpr):
+    """Of ``completion.Paged``, from the rows that ``tilt`` gives: float32 ``[block_m]``."""
+    heads = tl.arange(0, S.block_m)
+    squares = tl.sum(tilt_rows * tilt_rows, 1)
+    mean = tl.sum(tl.where(heads == S.group, squares, 0.0), 0) / (n * n)
+    return S.damping * squares / tl.maximum(squares + mean, SMALLEST)
 
 
 @triton.jit

@@ -59,7 +59,14 @@ def merge_columns(
             other=0.0,
             cache_modifier=".cg",
         )
+    damping = S.damping
     if S.completion == "paged":
+        damping = tl.load(
+            partial_stats + (attenders * PARTIAL_STATS + 1) * R + heads,
+            mask=counted,
+            other=0.0,
+            cache_modifier=".cg",
+        )
         all_m, all_mass = total_mass(masses, scorers, S, MASSES)
     m = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
@@ -98,7 +105,8 @@ def merge_columns(
                 log_mass, value = q_K1, rows  # as ``features.py`` left it
             if S.completion == "paged":
                 log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
-            log_mass = damp(log_mass, m + tl.log2(total), S)
+            if S.damping > 0:
+                log_mass = damp(log_mass, m + tl.log2(total), damping)
             M_all = finite(tl.maximum(m, log_mass))
             D_U = tl.exp2(log_mass - M_all)
             shrink = tl.exp2(m - M_all)
@@ -116,13 +124,11 @@ def merge_columns(
 
 
 @triton.jit
-def damp(log_mass, read_log_mass, S: tl.constexpr):
+def damp(log_mass, read_log_mass, damping):
     """A residual's log-mass ``[merge_rows]``, the lower the larger its share; base 2. Twin of ``reference.damp``."""
-    if S.damping > 0:
-        share = 1 / (1 + tl.exp2(read_log_mass - log_mass))
-        share *= 1 - S.damping * share
-        log_mass = read_log_mass + tl.log2(share / (1 - share))
-    return log_mass
+    share = 1 / (1 + tl.exp2(read_log_mass - log_mass))
+    share *= 1 - damping * share
+    return read_log_mass + tl.log2(share / (1 - share))
 
 
 @triton.jit

@@ -28,7 +28,7 @@ class Shape:
         completion: ``linear``, ``paged``, ``features`` or ``none``.
         vectors: statistics kept per page.
         features: of the completion ``features``, D_phi; otherwise 0.
-        damping: of the completion.
+        damping: of the completion, the most there can be.
     """
 
     geometry: Geometry

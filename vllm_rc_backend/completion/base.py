@@ -27,11 +27,13 @@ class Residual(NamedTuple):
     """The estimated residual: log of its softmax mass and its mean value.
 
     ``log_mass`` ``[..., heads, group]`` (-inf: nothing is left or known), ``value``
-    ``[..., heads, group, head_size]``.
+    ``[..., heads, group, head_size]``. ``damping``, like ``log_mass``, in [0, 1): how much less of a large share of the
+    softmax is believed (see ``kernels.reference.damp``); None: all of it is.
     """
 
     log_mass: Tensor
     value: Tensor
+    damping: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Completion:
     needs_mass: ClassVar[bool] = False
     """Whether it reads ``Retrieved.unread_log_mass``, and so goes only with policies that ``estimates_mass``."""
     damping: ClassVar[float] = 0.0
-    """How much less of a large share of the softmax is believed, see ``kernels.reference.damp``."""
+    """The most that ``Residual.damping`` can be."""
     precise_rows: ClassVar[int] = 0
     """Last rows of the state that decoding reads from both bfloat16 planes; the others from the high one."""
 

@@ -77,4 +77,5 @@ class Features(Completion):
         logits = query @ self.query_weight.mT + self.query_bias.unsqueeze(-2)  # [..., heads, group, features]
         scores = logits + u.clamp(min=SMALLEST_COUNT).log().unsqueeze(-2)
         log_mass = scores.logsumexp(dim=-1)
-        return Residual(log_mass, (logits - log_mass.unsqueeze(-1)).exp() @ S)
+        value = (logits - log_mass.unsqueeze(-1)).exp() @ S
+        return Residual(log_mass, value, torch.full_like(log_mass, self.damping))

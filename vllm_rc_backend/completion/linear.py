@@ -17,12 +17,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_rc_backend.completion.base import Completion, Residual, Retrieved
+
+
+class FirstOrder(NamedTuple):
+    """``log_mass`` ``[..., heads, group]``; the residual's mean value ``[..., heads, 1, head_size]`` and its tilt
+    ``[..., heads, group, head_size]``, which add up to v_U."""
+
+    log_mass: Tensor
+    mean_value: Tensor
+    tilt: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,17 @@ class Linear(Completion):
         )
 
     def residual(self, query: Tensor, state: Tensor, count: int, retrieved: Retrieved) -> Residual:
+        if retrieved.scores.shape[-1] == count:
+            return Residual(torch.full_like(query[..., 0], -torch.inf), torch.zeros_like(query))
+        estimate = self.first_order(query, state, count, retrieved)
+        return Residual(estimate.log_mass, estimate.mean_value + estimate.tilt)
+
+    def first_order(self, query: Tensor, state: Tensor, count: int, retrieved: Retrieved) -> FirstOrder:
+        """The estimate in its parts; arguments as ``residual``, with something left."""
         C, K1, V1 = state[..., :-2, :], state[..., -2, :], state[..., -1, :]
         n_U = count - retrieved.scores.shape[-1]
-        if n_U == 0:
-            return Residual(torch.full_like(query[..., 0], -torch.inf), torch.zeros_like(query))
         q_K1 = (query @ K1.unsqueeze(-1)).squeeze(-1)  # [..., heads, group]
         mu = (q_K1 - retrieved.scores.sum(dim=-1)) / n_U
         mean_value = (V1 - retrieved.values.sum(dim=-2)).unsqueeze(-2) / n_U
         tilt = query @ C / count - (q_K1 / count).unsqueeze(-1) * (V1 / count).unsqueeze(-2)
-        return Residual(math.log(n_U) + mu, mean_value + tilt)
+        return FirstOrder(math.log(n_U) + mu, mean_value, tilt)

@@ -151,7 +151,7 @@ def sparse_window(
             (page_values, anchor_values.expand(last - first, *anchor_values.shape)), dim=-2
         )
 
-        residual = damp(residual, scores.logsumexp(dim=-1), setting.completion.damping)
+        residual = damp(residual, scores.logsumexp(dim=-1))
         out, share = complete_softmax(scores, run_values, residual)
         output[:, first:last] = out.transpose(0, 1)
         if probe is not None:

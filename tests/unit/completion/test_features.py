@@ -48,7 +48,7 @@ def test_everything_retrieved_leaves_nothing() -> None:
     maps, keys, values = features(), *torch.randn(2, HEADS, 16, SIZE)
     query = torch.randn(HEADS, GROUP, SIZE)
     retrieved = Retrieved(query @ keys.mT, keys, values)
-    log_mass, value = maps.residual(query, maps.contribution(keys, values), 16, retrieved)
+    log_mass, value, _ = maps.residual(query, maps.contribution(keys, values), 16, retrieved)
     assert (log_mass == -torch.inf).all()
     assert (value == 0).all()
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vllm_rc_backend.completion import Retrieved
 from vllm_rc_backend.completion.linear import Linear
 from vllm_rc_backend.completion.paged import Paged
-from vllm_rc_backend.kernels.reference import complete_softmax, unread_log_mass
+from vllm_rc_backend.kernels.reference import complete_softmax, damp, unread_log_mass
 from vllm_rc_backend.selection.moba import MoBA
 
 HEADS, GROUP, SIZE, PAGE, PAGES, READ = 2, 3, 8, 4, 12, 3
@@ -50,6 +50,7 @@ def test_worse_only_where_the_value_is_unknown_and_by_no_more(
     dense = scores.softmax(dim=-1) @ values
     true_value = unread.softmax(dim=-1) @ values[:, READ * PAGE :]
     alone = retrieved.scores.softmax(dim=-1) @ retrieved.values
+    estimate = damp(estimate, retrieved.scores.logsumexp(dim=-1))
     output, share = complete_softmax(retrieved.scores, retrieved.values, estimate)
 
     def norm(x: torch.Tensor) -> torch.Tensor:

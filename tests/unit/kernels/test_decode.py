@@ -143,23 +143,16 @@ def test_a_residual_made_of_the_missing_tokens_gives_dense() -> None:
 
 @given(st.floats(-100, 100), st.floats(-100, 100), st.floats(0.05, 0.9))
 def test_a_damped_share(log_mass: float, read_log_mass: float, damping: float) -> None:
-    residual, read = Residual(torch.tensor([log_mass]), torch.ones(1, 8)), torch.tensor([read_log_mass])
+    residual = Residual(torch.tensor([log_mass]), torch.ones(1, 8), torch.tensor([damping]))
+    read = torch.tensor([read_log_mass])
     share = (residual.log_mass - read).sigmoid()
-    damped = damp(residual, read, damping)
+    damped = damp(residual, read)
     assert torch.allclose((damped.log_mass - read).sigmoid(), share * (1 - damping * share), rtol=1e-4)
     assert torch.equal(damped.value, residual.value)
-    assert damp(residual, read, 0.0) is residual
+    believed = residual._replace(damping=None)
+    assert damp(believed, read) is believed
 
 
 def test_nothing_left_stays_nothing_when_damped() -> None:
-    nothing = Residual(torch.full((2, 3), -torch.inf), torch.zeros(2, 3, 8))
-    assert (damp(nothing, torch.zeros(2, 3), 0.2).log_mass == -torch.inf).all()
-
-
-def test_decoding_damps_what_its_completion_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Row(60)
-    pages, state = torch.tensor([[1, 5]] * 2), row.state("linear")
-    _, share = row.decode(pages, "linear", state)
-    monkeypatch.setattr(type(make_completion("linear")), "damping", 0.3)
-    _, damped = row.decode(pages, "linear", state)
-    assert torch.allclose(damped, share * (1 - 0.3 * share), rtol=1e-4)
+    nothing = Residual(torch.full((2, 3), -torch.inf), torch.zeros(2, 3, 8), torch.full((2, 3), 0.2))
+    assert (damp(nothing, torch.zeros(2, 3)).log_mass == -torch.inf).all()
