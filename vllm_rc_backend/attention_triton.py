@@ -431,8 +431,9 @@ class TritonAttention:
         shape, store = self.shape, self.store
         columns = self.workspace.tuning.update_columns
         if self.pages is not None and not shape.features:
-            # Each program of a summary reads all its keys. Over the bus that costs more than having few programs does.
-            columns = min(shape.block_d, 128 * 128 // shape.block_d)
+            # Each program of a summary reads all its keys. Over the bus that costs more than having few programs does;
+            # with more columns than this, a multiprocessor has registers for one program only.
+            columns = min(64, 8192 // shape.block_d)
         parts = 1 + (0 if plan is None else -(-shape.head_size // columns))
         update_kernel[(parts, shape.heads, len(seq_lens))](
             kv,
@@ -453,7 +454,7 @@ class TritonAttention:
             COLS=columns,
             TILE=self.workspace.features_tile if shape.features else 32 if shape.block_d > 128 else 64,
             OVERLAP=self.workspace.overlap,
-            num_warps=4 if columns <= 32 else 8,
+            num_warps=4,
         )
 
     def choose(self, seq_lens: Tensor) -> None:
