@@ -22,6 +22,7 @@ from vllm_rc_backend.kernels.triton.decode import decode_kernel
 from vllm_rc_backend.kernels.triton.features import features_kernel
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS
+from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 from vllm_rc_backend.kernels.triton.page_cache import choose_kernel
 from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
 from vllm_rc_backend.kernels.triton.statistics import finish_pages_kernel
@@ -120,15 +121,16 @@ class Tuning:
     score_stages: int = 5
     score_programs: int = 4  # per multiprocessor
     decode_elements: int = 16384  # of K, and as many of V, at a time
-    joint_elements: int = 8192  # the same in one launch, where registers are fewer
+    joint_score_elements: int = 16384  # the same two in one launch, where registers are fewer
+    joint_elements: int = 8192
     decode_warps: int = 4
     decode_stages: int = 2
     decode_programs: int = 3  # per multiprocessor
     most_splits: int = 16
     joint_programs: int = 3  # per multiprocessor
+    joint_least: int = 2  # of those, for each (row, head)
     joint_warps: int = 4
     features_elements: int = 4096  # features of tokens at a time
-    joint_splits: int = 32
     merge_elements: int = 8192  # of partial results at a time
     merge_columns: int = 256  # of a head, that a program merges at a time
     joint_columns: int = 16
@@ -180,10 +182,9 @@ class Workspace:
         self.room = self.processors * tuning.joint_programs if fits else 0
         self.overlap = tuning.overlap and cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         if shape.query_map == "runs":
-            page_bytes = shape.vectors * shape.block_q
+            self.page_bytes = shape.vectors * shape.block_q
         else:
-            page_bytes = shape.block_d * statistics_bits // 8
-        self._score_tile = max(32, min(tuning.score_elements // page_bytes, 128))
+            self.page_bytes = shape.block_d * statistics_bits // 8
         self.max_pages = max(max_model_len // geometry.page_size, 1)
         self.max_selected = most_retrieved_pages(geometry, max_model_len)
         # Neighbours per maximum, so that the two levels of the selection have about equally much to look at.
@@ -217,7 +218,7 @@ class Workspace:
         self.partial_out = empty(most_partials, shape.merge_rows, shape.block_d, dtype=torch.float32)
         self.counts = empty(most_splits, shape.features, dtype=torch.float32)
         self.partial_stats = empty(most_partials, PARTIAL_STATS.value, shape.merge_rows, dtype=torch.float32)
-        self.arrivals = torch.zeros(3, max_rows, heads, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(3, max_rows, heads, ARRIVAL.value, dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self.rotation = rotation_matrix(shape.head_size, device) if shape.query_map == "runs" else None
 
@@ -226,22 +227,24 @@ class Workspace:
         """Bytes held."""
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
-    @property
-    def most_registers(self) -> int:
-        """Registers of a thread with which ``joint_programs`` fit into a multiprocessor: 65536, given out by eights."""
-        return min(65536 // (self.tuning.joint_programs * 32 * self.tuning.joint_warps) // 8 * 8, 255)
+    def most_registers(self, joint: bool) -> int:
+        """Registers of a thread with which the programs that score fit into a multiprocessor as often as they should:
+        65536, given out by eights."""
+        tuning = self.tuning
+        programs = tuning.joint_programs if joint else tuning.score_programs
+        warps = tuning.joint_warps if joint else tuning.score_warps
+        return min(65536 // (programs * 32 * warps) // 8 * 8, 255)
 
     def joint(self, rows: int) -> bool:
-        """Whether both phases of a decode are one launch: there must be room for all its programs at the same time, two
-        at least for each (row, head), and nothing to do in between. Triton's interpreter runs one after the other."""
-        fits = 2 * rows * self.shape.heads <= self.room
+        """Whether both phases of a decode are one launch: all its programs must find room at the same time, enough for
+        each (row, head), with nothing to do in between. Triton's interpreter runs one after the other."""
+        fits = self.tuning.joint_least * rows * self.shape.heads <= self.room
         return not INTERPRETED.value and fits and not self.shape.features
 
     def score_tile(self, joint: bool) -> int:
-        """Pages that a program scores at a time: so many for each warp that it has."""
-        if joint:
-            return self._score_tile * self.tuning.joint_warps // self.tuning.score_warps
-        return self._score_tile
+        """Pages that a program scores at a time."""
+        elements = self.tuning.joint_score_elements if joint else self.tuning.score_elements
+        return max(32, min(elements // self.page_bytes, 128))
 
     def decode_tile(self, joint: bool) -> int:
         """Tokens that a program attends to at a time."""
@@ -264,7 +267,7 @@ class Workspace:
         """Programs that attend to the tokens of one (row, head)."""
         lanes, tuning = rows * self.shape.heads, self.tuning
         if self.joint(rows):
-            return max(1, min(self.room // lanes, tuning.joint_splits))
+            return max(1, min(self.room // lanes, tuning.most_splits))
         return max(1, min(-(-self.processors * tuning.decode_programs // lanes), tuning.most_splits))
 
     def merge_tile(self, rows: int) -> tuple[int, int]:
@@ -585,17 +588,17 @@ class TritonAttention:
             S=self.shape,
             SCORE_TILE=work.score_tile(joint),
             SCORE_STAGES=tuning.score_stages,
-            MASSES=min(next_power_of_2(scorers), 64),
+            MASSES=next_power_of_2(scorers),
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
             TILE=work.decode_tile(joint),
             MERGE=merge_splits,
             COLS=merge_columns,
-            OVERLAP=work.overlap,
+            OVERLAP=work.overlap and not joint,
             num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,
             num_stages=tuning.decode_stages,
-            maxnreg=work.most_registers if joint else None,
-            launch_pdl=work.overlap,
+            maxnreg=work.most_registers(joint) if scores else None,
+            launch_pdl=work.overlap and not joint,
         )
 
     def _cache(self, kv_cache: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from vllm_rc_backend.kernels.triton.linear import LOG2_E, damping, tilt
 from vllm_rc_backend.kernels.triton.mass import finite, page_scores, retrieved_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
-from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_count, wait_for_previous
+from vllm_rc_backend.kernels.triton.overlap import ARRIVAL, let_next_start, wait_for_count, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
@@ -191,7 +191,8 @@ def decode_kernel(
         chosen: int32 ``[rows, heads, max_selected]`` out, see there.
         partial_out: float32 ``[rows, heads, splits + 1, merge_rows, block_d]`` scratch.
         partial_stats: float32 ``[rows, heads, splits + 1, PARTIAL_STATS, merge_rows]`` scratch.
-        scored, attended, merged: int32 ``[rows, heads]``, programs that have done so; zero between launches.
+        scored, attended, merged: int32 ``[rows, heads, ARRIVAL]``, of which the first is the number of programs that
+            have done so; zero between launches.
         out: ``[rows, heads * group, head_size]``.
         counters: int64, see ``attention_triton.COUNTERS``.
         scorers, attenders: programs of each (row, head) that take part in the phases.
@@ -222,6 +223,9 @@ def decode_kernel(
     maxima += lane * max_groups
     head_scores += lane * max_pages * S.group
     masses += lane * scorers * (2 * S.block_n)
+    scored += lane * ARRIVAL
+    attended += lane * ARRIVAL
+    merged += lane * ARRIVAL
     chosen += lane * max_selected
     partial_out += lane * (attenders + 1) * R * D
     partial_stats += lane * (attenders + 1) * PARTIAL_STATS * R
@@ -261,7 +265,7 @@ def decode_kernel(
             summarises = (slot >= 0) & (split == splits - 1)
             if sparse & (split < scorers):
                 tl.debug_barrier()  # all of this program's keys are written before it arrives
-                tl.atomic_add(scored + lane, 1, sem="release")
+                tl.atomic_add(scored, 1, sem="release")
         if S.first_order:
             if summarises:
                 _summarise(
@@ -284,7 +288,7 @@ def decode_kernel(
                     last = first  # all are chosen already
                 if first < last:
                     if SCORES:
-                        wait_for_count(scored + lane, scorers)
+                        wait_for_count(scored, scorers)
                     choose_pages(
                         keys,
                         maxima,
@@ -323,14 +327,14 @@ def decode_kernel(
             if S.first_order and not SCORES:
                 arriving += (slot >= 0).to(tl.int32)
             tl.debug_barrier()  # all of this program's partial is written before it arrives
-            arrived = tl.atomic_add(attended + lane, 1, sem="acq_rel") + 1
+            arrived = tl.atomic_add(attended, 1, sem="acq_rel") + 1
             # Of the programs that run at the same time some merge some columns each, otherwise the last all of them.
             mergers, merger = 1, tl.where(arrived == arriving, 0, 1)
             if SCORES:
                 mergers, merger = tl.minimum(splits, D // COLS), split
             if merger < mergers:
                 if SCORES:
-                    wait_for_count(attended + lane, arriving)
+                    wait_for_count(attended, arriving)
                 for part in range(merger, D // COLS, mergers):
                     merge_columns(
                         partial_out,
@@ -354,11 +358,11 @@ def decode_kernel(
                     )
                 all_merged = True
                 if SCORES:
-                    all_merged = tl.atomic_add(merged + lane, 1, sem="relaxed") == mergers - 1
+                    all_merged = tl.atomic_add(merged, 1, sem="relaxed") == mergers - 1
                 if all_merged:
-                    tl.store(scored + lane, 0)
-                    tl.store(attended + lane, 0)
-                    tl.store(merged + lane, 0)
+                    tl.store(scored, 0)
+                    tl.store(attended, 0)
+                    tl.store(merged, 0)
                     if head == 0:
                         _count(counters, sparse, slot, seq_len, n_read, pages, S)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from vllm_rc_backend.kernels.triton.choose import choose_pages
 from vllm_rc_backend.kernels.triton.linear import LOG2_E
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot, dot_split
-from vllm_rc_backend.kernels.triton.overlap import let_next_start, wait_for_previous
+from vllm_rc_backend.kernels.triton.overlap import ARRIVAL, let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
@@ -179,7 +179,7 @@ def features_kernel(
         partial_out: row ``attenders`` out: the residual's mean value; the others are scratch.
         partial_stats: row ``attenders`` out: its log-mass.
         counts: float32 ``[rows, heads, attenders, features]`` scratch.
-        arrived: int32 ``[rows, heads]``, zero between launches.
+        arrived: int32 ``[rows, heads, ARRIVAL]``, zero between launches.
     """
     let_next_start(OVERLAP)
     g: tl.constexpr = S.geometry
@@ -202,6 +202,7 @@ def features_kernel(
     partial_out += lane * (attenders + 1) * S.merge_rows * D
     partial_stats += (lane * (attenders + 1) + attenders) * STATS * S.merge_rows
     counts += lane * attenders * S.features
+    arrived += lane * ARRIVAL
     query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
     block_table += row.to(tl.int64) * stride_table
     kv += head.to(tl.int64) * stride_head
@@ -265,8 +266,8 @@ def features_kernel(
             tl.store(counts + split * S.features + features, u, mask=known)
 
             tl.debug_barrier()  # all of this program's partial is written before it arrives
-            if tl.atomic_add(arrived + lane, 1, sem="acq_rel") == splits - 1:
-                tl.store(arrived + lane, 0)
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
+                tl.store(arrived, 0)
                 _residual(
                     logits, psi, state, partial_out, partial_stats, counts, splits, attenders, S, SPLITS
                 )

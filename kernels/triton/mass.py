@@ -51,34 +51,27 @@ def retrieved_mass(scores, chosen, head_scores, first, last, S: tl.constexpr):
 
 
 @triton.jit
-def total_mass(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr):
-    """Maximum and sum of the scores of all pages: float32 ``[merge_rows]`` each.
+def scored_masses(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr):
+    """Maximum and sum of the scores of the pages of each program that scored: float32 ``[MASSES, merge_rows]`` each.
 
     Args:
         masses: float32 ``[scorers, 2, block_n]``, from ``score.score_pages``.
     """
     N: tl.constexpr = S.block_n
     R: tl.constexpr = S.merge_rows  # Triton 3.6 takes no plain int in a shape
-    heads = tl.arange(0, R)
-    m = tl.full([R], float("-inf"), tl.float32)
-    total = tl.zeros([R], tl.float32)
-    for start in range(0, scorers, MASSES):
-        i = start + tl.arange(0, MASSES)
-        at = masses + i[:, None] * (2 * N) + heads[None, :]
-        real = (i < scorers)[:, None] & (heads < S.group)[None, :]
-        part_m = tl.load(at, mask=real, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(at + N, mask=real, other=0.0, cache_modifier=".cg")
-        new_m = tl.maximum(m, tl.max(part_m, 0))
-        total = total * tl.exp2(m - finite(new_m))
-        total += tl.sum(part * tl.exp2(part_m - finite(new_m)[None, :]), 0)
-        m = new_m
-    return m, total
+    i, heads = tl.arange(0, MASSES), tl.arange(0, R)
+    at = masses + i[:, None] * (2 * N) + heads[None, :]
+    real = (i < scorers)[:, None] & (heads < S.group)[None, :]
+    m = tl.load(at, mask=real, other=float("-inf"), cache_modifier=".cg")
+    return m, tl.load(at + N, mask=real, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def unread_log_mass(all_m, total, retrieved_m, retrieved, S: tl.constexpr):
-    """The residual's log-mass ``[merge_rows]`` from ``total_mass`` and the sum of all ``retrieved_mass``."""
+def unread_log_mass(scored_m, scored, retrieved_m, retrieved, S: tl.constexpr):
+    """The residual's log-mass ``[merge_rows]`` from ``scored_masses`` and the sum of all ``retrieved_mass``."""
     g: tl.constexpr = S.geometry
+    all_m = tl.max(scored_m, 0)
+    total = tl.sum(scored * tl.exp2(scored_m - finite(all_m)[None, :]), 0)
     rest = total - retrieved * tl.exp2(retrieved_m - finite(all_m))
     rest = tl.maximum(rest, total * SMALLEST_SHARE)
     return all_m + tl.log2(tl.where(total > 0, rest, 1.0)) + tl.log2(tl.full([], g.page_size, tl.float32))

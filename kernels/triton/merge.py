@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.linear import residual
-from vllm_rc_backend.kernels.triton.mass import finite, total_mass, unread_log_mass
+from vllm_rc_backend.kernels.triton.mass import finite, scored_masses, unread_log_mass
 
 PARTIAL_STATS = tl.constexpr(5)
 """Rows of numbers beside a partial result: maximum, sum, sum of scores; of ``retrieved_mass`` maximum and sum."""
@@ -50,7 +50,7 @@ def merge_columns(
     tile_at = heads[:, None] * D + cols[None, :]
     # .cg everywhere: written by other programs of this launch, so the first-level cache may not answer.
     if S.completion != "none":
-        # Asked for first, so that they are under way beside the others: each is a trip to the second-level cache.
+        # All is asked for before anything is added up: each answer is a trip to the second-level cache.
         # What is read of a row without a summary is not used.
         rows = tl.load(partial_out + attenders * R * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg")
         q_K1 = tl.load(
@@ -67,7 +67,7 @@ def merge_columns(
             other=0.0,
             cache_modifier=".cg",
         )
-        all_m, all_mass = total_mass(masses, scorers, S, MASSES)
+        scored_m, scored = scored_masses(masses, scorers, S, MASSES)
     m = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
     scores_sum = tl.zeros([R], tl.float32)
@@ -88,12 +88,13 @@ def merge_columns(
         total_part = tl.load(at + R, mask=there, other=0.0, cache_modifier=".cg")
         if S.first_order:
             scores_part = tl.load(at + 2 * R, mask=there, other=0.0, cache_modifier=".cg")
-            scores_sum += tl.sum(scores_part, 0)
         if S.completion == "paged":
             mass_m_part = tl.load(at + 3 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
             mass_part = tl.load(at + 4 * R, mask=there, other=0.0, cache_modifier=".cg")
             mass_m, decay, weight = _rescaled(mass_m, mass_m_part)
             mass = mass * decay + tl.sum(mass_part * weight, 0)
+        if S.first_order:
+            scores_sum += tl.sum(scores_part, 0)
         m, decay, weight = _rescaled(m, m_part)
         total = total * decay + tl.sum(total_part * weight, 0)
         o = o * decay[:, None] + tl.sum(o_part * weight[:, :, None], 0)
@@ -104,7 +105,7 @@ def merge_columns(
             else:
                 log_mass, value = q_K1, rows  # as ``features.py`` left it
             if S.completion == "paged":
-                log_mass = unread_log_mass(all_m, all_mass, mass_m, mass, S)
+                log_mass = unread_log_mass(scored_m, scored, mass_m, mass, S)
             if S.damping > 0:
                 log_mass = damp(log_mass, m + tl.log2(total), damping)
             M_all = finite(tl.maximum(m, log_mass))

@@ -24,18 +24,30 @@ def wait_for_previous(ON: tl.constexpr):
         cuda.gdc_wait()
 
 
+ARRIVAL = tl.constexpr(32)
+"""Numbers per counter of arrivals: each has a line of the second-level cache for itself."""
+
+WAIT = tl.constexpr("""
+{
+    .reg .pred p;
+    .reg .u32 seen;
+    mov.u32 seen, %tid.x;
+    setp.ne.u32 p, seen, 0;
+    @p bra DONE;
+AGAIN:
+    ld.acquire.gpu.global.u32 seen, [$1];
+    setp.lt.u32 p, seen, $2;
+    @p bra AGAIN;
+DONE:
+    mov.u32 $0, 0;
+}
+""")
+"""One thread asks, so that the others' asking does not hold up those who are waited for."""
+
+
 @triton.jit
 def wait_for_count(counter, count):
     """Until other programs of this launch have brought an int32 counter to ``count``; then what they wrote before can
     be read. They must run at the same time, or this never ends."""
-    while _acquire(counter) < count:
-        pass
+    tl.inline_asm_elementwise(WAIT, "=r,l,r", [counter, count], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
-
-
-@triton.jit
-def _acquire(pointer):
-    """Every thread reads by itself: an atomic operation would be done by one and handed on through shared memory."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
-    )

@@ -33,6 +33,7 @@ from ..harness import (
 )
 
 GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
+SMALL_POOL = GPU | {"kv_cache_memory_bytes": 1 << 30}
 T = TypeVar("T")
 
 
@@ -148,7 +149,7 @@ def one_rank(
     if request.param == "features":
         options = SMALL | with_features(tmp_path_factory.mktemp("features"))
     prompts = [prompt(300 + 150 * i, i) for i in range(8)]
-    return options, prompts, in_its_own_process(generated, "rc_topk", options, GPU, prompts)
+    return options, prompts, in_its_own_process(generated, "rc_topk", options, SMALL_POOL, prompts)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -160,7 +161,7 @@ def test_tensor_parallel_equals_one_rank(
     if executor == "ray" and importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")
     options, prompts, expected = one_rank
-    both = GPU | {"tensor_parallel_size": 2, "distributed_executor_backend": executor}
+    both = SMALL_POOL | {"tensor_parallel_size": 2, "distributed_executor_backend": executor}
     got = in_its_own_process(generated, "rc_topk", options, both, prompts)
     # A page at the edge of the budget may be taken on one side only.
     assert_close(got, expected, tolerance=0.25 if options is FULL else 0.5)
