@@ -48,8 +48,13 @@ pages of a mid region instead of advanced."""
 
 GROUP_RULES = ("max", "mean", "sum")
 COMPLETIONS = ("linear", "paged", "features", "none")
-MOST_FEATURES = 256
-"""Of a KV head, that a program has registers and shared memory for (a test compiles it to see)."""
+
+
+def most_features(head_size: int) -> int:
+    """Of a KV head, whose map a program keeps in shared memory (a test compiles it to see)."""
+    return min(256, 2**15 // next_power_of_2(head_size))
+
+
 POLICY_QUERY_MAPS = {"box": "abs", "mean_var": "square", "moba": "none", "runs": "runs"}
 
 
@@ -75,10 +80,10 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
             f"completion={layout.completion.name} has no GPU kernel; allowed: {', '.join(COMPLETIONS)}"
         )
     features = layout.completion.features if isinstance(layout.completion, Features) else 0
-    if features > MOST_FEATURES:
+    if features > (most := most_features(layout.head_size)):
         raise ValueError(
-            f"features_file has {features} features of a KV head, which no GPU kernel takes; allowed: up to "
-            f"{MOST_FEATURES}. Make it with: rc-topk calibrate --features {MOST_FEATURES}"
+            f"features_file has {features} features of a KV head, which no GPU kernel takes with head size "
+            f"{layout.head_size}; allowed: up to {most}. Make it with: rc-topk calibrate --features {most}"
         )
     geometry = layout.geometry
     if geometry.budget >= 1:
@@ -130,7 +135,7 @@ class Tuning:
     joint_programs: int = 3  # per multiprocessor
     joint_least: int = 2  # of those, for each (row, head)
     joint_warps: int = 4
-    features_elements: int = 4096  # features of tokens at a time
+    features_elements: int = 8192  # features of tokens at a time
     merge_elements: int = 8192  # of partial results at a time
     merge_columns: int = 256  # of a head, that a program merges at a time
     joint_columns: int = 16

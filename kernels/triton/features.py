@@ -5,8 +5,7 @@ It enters a decode step twice: ``absorb_features`` adds pages to a summary, insi
 residual's log-mass and mean value for the merge. Those pages are read twice, the second time out of the second-level
 cache as far as it holds them; the maps stay out of the attention's registers, and the attention as it is.
 
-The maps are float32 and multiplied as two 16-bit terms each: what is subtracted must be what was added, and the
-exponential of a sum over a head's elements does not forgive 8 bits. Everything in base 2.
+The maps are rounded to 16 bits and stay in shared memory while keys go by. Everything in base 2.
 """
 
 import triton
@@ -14,7 +13,7 @@ import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
 from vllm_rc_backend.kernels.triton.linear import LOG2_E
-from vllm_rc_backend.kernels.triton.matmul import as_operand, dot, dot_split
+from vllm_rc_backend.kernels.triton.matmul import as_operand, dot, dot_split, operand_type
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL, let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import token_rows
@@ -25,46 +24,43 @@ SMALLEST_COUNT = tl.constexpr(1e-6)
 """As in ``completion.features``."""
 
 CHUNK = tl.constexpr(32)
-"""Elements of a head that a product with the maps takes at a time."""
+"""Columns of a head that the residual's value is computed for at a time."""
 
 
 @triton.jit
-def _map(at, real, weight, bias, scale, S: tl.constexpr, N: tl.constexpr):
-    """``W x + b`` of some vectors: float32 ``[block_f, N]``, minus infinity where there is no feature.
+def _load_map(weight, dtype: tl.constexpr, S: tl.constexpr):
+    """A map float32 ``[features, head_size]``, rounded to what it is multiplied with: ``[block_d, block_f]``."""
+    D: tl.constexpr = S.block_d
+    F: tl.constexpr = S.block_f
+    cols, features = tl.arange(0, D), tl.arange(0, F)
+    known = (cols < S.head_size)[:, None] & (features < S.features)[None, :]
+    return tl.load(weight + features[None, :] * S.head_size + cols[:, None], mask=known, other=0.0).to(dtype)
+
+
+@triton.jit
+def _logits(x, weight, bias, scale, S: tl.constexpr, N: tl.constexpr):
+    """``W x + b`` of some vectors: float32 ``[N, block_f]``, minus infinity where there is no feature.
 
     Args:
-        at: pointers ``[N]`` to vectors.
-        real: bool ``[N]``, which of them there are; the others count as zeros.
-        weight: float32 ``[features, head_size]``.
-        bias: float32 ``[features]``.
+        x: ``[N, block_d]``, 16-bit.
+        weight: from ``_load_map``.
+        bias: points to float32 ``[features]``.
         scale: factor of the vectors.
     """
     F: tl.constexpr = S.block_f
-    D: tl.constexpr = S.block_d
     features = tl.arange(0, F)
     known = features < S.features
-    logits = tl.zeros([F, N], tl.float32)
-    for start in tl.range(0, D, CHUNK, num_stages=3):
-        cols = start + tl.arange(0, CHUNK)
-        some = cols < S.head_size
-        x = tl.load(at[None, :] + cols[:, None], mask=real[None, :] & some[:, None], other=0.0)
-        w = tl.load(
-            weight + features[:, None] * S.head_size + cols[None, :],
-            mask=known[:, None] & some[None, :],
-            other=0.0,
-        )
-        logits = dot_split(w, as_operand(x), logits)
     b = tl.load(bias + features, mask=known, other=0.0)
-    logits = (logits * scale + b[:, None]) * LOG2_E
-    return tl.where(known[:, None], logits, float("-inf"))
+    logits = (dot(x, weight, tl.zeros([N, F], tl.float32)) * scale + b[None, :]) * LOG2_E
+    return tl.where(known[None, :], logits, float("-inf"))
 
 
 @triton.jit
-def _map_keys(at, real, weight, bias, key_scale, S: tl.constexpr, N: tl.constexpr):
-    """phi of some keys: float32 ``[block_f, N]``, columns sum to one, those of no key to zero."""
-    logits = _map(at, real, weight, bias, key_scale, S, N)
-    phi = tl.exp2(logits - tl.max(logits, 0)[None, :])
-    return tl.where(real[None, :], phi / tl.sum(phi, 0)[None, :], 0.0)
+def _map_keys(keys, real, weight, bias, key_scale, S: tl.constexpr, N: tl.constexpr):
+    """phi of some keys: float32 ``[N, block_f]``, rows sum to one, those that are not ``real`` to zero."""
+    logits = _logits(keys, weight, bias, key_scale, S, N)
+    phi = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    return tl.where(real[:, None], phi / tl.sum(phi, 1)[:, None], 0.0)
 
 
 @triton.jit
@@ -95,18 +91,24 @@ def absorb_features(
     F: tl.constexpr = S.block_f
     features = tl.arange(0, F)
     cols = start + tl.arange(0, COLS)
+    elements = tl.arange(0, S.block_d)
     known, real_cols = features < S.features, cols < d
+    key_map = _load_map(weight, operand_type(kv.dtype.element_ty), S)
     weighted = tl.zeros([F, COLS], tl.float32)
     u = tl.zeros([F], tl.float32)
-    for first in tl.range(begin, end, TILE, num_stages=1):  # ``_map`` has loads in flight
+    for first in range(begin, end, TILE):
         token = first + tl.arange(0, TILE)
         real = token < end
         at = kv + token_rows(block_table, token, real, stride_block, stride_token, g)
-        phi = _map_keys(at, real, weight, bias, key_scale, S, TILE)
+        keys = tl.load(
+            at[:, None] + elements[None, :], mask=real[:, None] & (elements < d)[None, :], other=0.0
+        )
+        phi = _map_keys(as_operand(keys), real, key_map, bias, key_scale, S, TILE)
         values = tl.load(at[:, None] + d + cols[None, :], mask=real[:, None] & real_cols[None, :], other=0.0)
         # Added in float32, as in ``absorb_columns``: matrix units truncate what they add up.
-        weighted += dot_split(phi, as_operand(values), tl.zeros([F, COLS], tl.float32)) * value_scale
-        u += tl.sum(phi, 1)
+        added = dot_split(tl.trans(phi), as_operand(values), tl.zeros([F, COLS], tl.float32))
+        weighted += added * value_scale
+        u += tl.sum(phi, 0)
 
     LOW: tl.constexpr = S.state_rows * d  # from the high plane to the low one
     tile = features[:, None] * d + cols[None, :]
@@ -238,13 +240,16 @@ def features_kernel(
             asked = heads < S.group
             out_at = heads[:, None] * D + cols[None, :]
             real_out = asked[:, None] & (cols < d)[None, :]
-            logits = _map(query + heads * stride_query_head, asked, query_weight, query_bias, scale, S, M)
-            most = tl.max(logits, 0)
-            psi = tl.trans(tl.exp2(logits - most[None, :]))  # [M, F], at most 1
+            q = tl.load(query + heads[:, None] * stride_query_head + cols[None, :], mask=real_out, other=0.0)
+            logits = _logits(q, _load_map(query_weight, q.dtype, S), query_bias, scale, S, M)
+            most = tl.max(logits, 1)
+            # Rounded once and for all, so that what is subtracted was weighted as what it is subtracted from.
+            psi = tl.exp2(logits - most[:, None]).to(tl.bfloat16)
 
+            key_map = _load_map(key_weight, operand_type(kv.dtype.element_ty), S)
             weighted = tl.zeros([M, D], tl.float32)
             u = tl.zeros([F], tl.float32)
-            for start in tl.range(first * g.page_size, last * g.page_size, TILE, num_stages=1):
+            for start in range(first * g.page_size, last * g.page_size, TILE):
                 j = start + tl.arange(0, TILE)
                 real = j < last * g.page_size
                 if reading is None:
@@ -253,29 +258,27 @@ def features_kernel(
                     at = kv + token_rows(block_table, token, real, stride_block, stride_token, g)
                 else:
                     at = cached_rows(kv, content, reading, j, real, stride_block, stride_token, S)
-                phi = _map_keys(at, real, key_weight, key_bias, key_scale, S, TILE)
-                u += tl.sum(phi, 1)
-                values = as_operand(
-                    tl.load(
-                        at[:, None] + d + cols[None, :], mask=real[:, None] & (cols < d)[None, :], other=0.0
-                    )
+                there = real[:, None] & (cols < d)[None, :]
+                tokens = tl.load(at[:, None] + cols[None, :], mask=there, other=0.0)
+                values = tl.load(at[:, None] + d + cols[None, :], mask=there, other=0.0)
+                phi = _map_keys(as_operand(tokens), real, key_map, key_bias, key_scale, S, TILE)
+                u += tl.sum(phi, 0)
+                weights = dot(phi.to(tl.bfloat16), tl.trans(psi), tl.zeros([TILE, M], tl.float32))
+                weighted = dot(
+                    tl.trans(weights).to(tl.bfloat16), as_operand(values).to(tl.bfloat16), weighted
                 )
-                weights = dot(psi, phi, tl.zeros([M, TILE], tl.float32))
-                weighted = dot(weights.to(values.dtype), values, weighted)
             tl.store(partial_out + split * S.merge_rows * D + out_at, weighted * value_scale, mask=real_out)
             tl.store(counts + split * S.features + features, u, mask=known)
 
             tl.debug_barrier()  # all of this program's partial is written before it arrives
             if tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
                 tl.store(arrived, 0)
-                _residual(
-                    logits, psi, state, partial_out, partial_stats, counts, splits, attenders, S, SPLITS
-                )
+                _residual(most, psi, state, partial_out, partial_stats, counts, splits, attenders, S, SPLITS)
 
 
 @triton.jit
 def _residual(
-    logits,
+    most,
     psi,
     state,
     partial_out,
@@ -289,8 +292,8 @@ def _residual(
     """Subtract what all programs of a (row, head) retrieved from its summary; write the rest's log-mass and mean value.
 
     Args:
-        logits: ``[block_f, block_m]``, ``A q + a``.
-        psi: ``[block_m, block_f]``, their exponentials, divided by the largest of each query.
+        most: float32 ``[block_m]``, the largest of ``A q + a``.
+        psi: bfloat16 ``[block_m, block_f]``, their exponentials, divided by that of the largest.
     """
     F: tl.constexpr = S.block_f
     M: tl.constexpr = S.block_m
@@ -305,11 +308,8 @@ def _residual(
         cache_modifier=".cg",
     )
     u = load_planes(state + S.features * d + features, known, S.state_rows * d) - tl.sum(retrieved, 0)
-    scores = logits + tl.log2(tl.maximum(u, SMALLEST_COUNT))[:, None]
-    high = tl.max(scores, 0)
-    log_mass = high + tl.log2(tl.sum(tl.exp2(scores - high[None, :]), 0))
-    tl.store(partial_stats + heads, log_mass, mask=asked)
-    grow = tl.exp2(tl.max(logits, 0) - log_mass)
+    mass = tl.sum(psi.to(tl.float32) * tl.maximum(u, SMALLEST_COUNT)[None, :], 1)
+    tl.store(partial_stats + heads, most + tl.log2(mass), mask=asked)
     for start in tl.static_range(0, D, CHUNK):
         cols = start + tl.arange(0, CHUNK)
         some = cols < d
@@ -324,5 +324,5 @@ def _residual(
         rows = tl.load(
             state + features[:, None] * d + cols[None, :], mask=known[:, None] & some[None, :], other=0.0
         )
-        value = dot_split(psi, rows, -tl.sum(weighted, 0)) * grow[:, None]
+        value = dot(psi, rows, -tl.sum(weighted, 0)) / mass[:, None]
         tl.store(partial_out + attenders * (S.merge_rows * D) + at, value, mask=real)

@@ -15,6 +15,12 @@ def as_operand(x):
     return x
 
 
+@triton.constexpr_function
+def operand_type(dtype):
+    """The type that ``as_operand`` makes of elements of this one."""
+    return tl.bfloat16 if dtype.primitive_bitwidth == 8 else dtype
+
+
 @triton.jit
 def dot(a, b, acc):
     """``acc + a @ b`` in float32."""

@@ -69,10 +69,10 @@ CASES = {
         dtype=torch.float16,
         seq_lens=RAGGED,
     ),
-    "features, head size 256, 256 of them, 16 query heads, pages of 64": Case(
+    "features, head size 256, 128 of them, 16 query heads, pages of 64": Case(
         **FEATURES,
         head_size=256,
-        features=256,
+        features=128,
         group=16,
         page_size=64,
         sink_tokens=0,
@@ -88,10 +88,10 @@ CASES = {
         budget=640,
         seq_lens=(1500,),
     ),
-    "features, 200 of them, two levels, long": Case(
+    "features, 256 of them, two levels, long": Case(
         **FEATURES,
         head_size=128,
-        features=200,
+        features=256,
         seq_lens=(6000, 700),
         budget=150,
         max_model_len=70_000,

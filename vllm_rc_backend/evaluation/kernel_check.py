@@ -33,7 +33,8 @@ def random_maps(heads: int, features: int, head_size: int) -> Features:
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(heads, features, head_size, generator=draw)
     key_bias, query_bias = torch.randn(2, heads, features, generator=draw)
-    return Features(centres * (2 / head_size**0.5), key_bias, centres, query_bias / 4)
+    keys = (centres * (2 / head_size**0.5)).bfloat16().float()  # kernels round maps to the cache's type
+    return Features(keys, key_bias, centres.bfloat16().float(), query_bias / 4)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from vllm_rc_backend.attention_triton import MOST_FEATURES, MPS_VARIABLES, Workspace, make_shape
+from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, make_shape
 from vllm_rc_backend.evaluation.kernel_check import Case
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2, "completion": "paged"}
@@ -49,13 +49,12 @@ def test_several_launches_for_other_policies_features_and_shared_gpus(
             assert not workspace(**RUNS).joint(1)
 
 
-def test_more_features_than_fit_are_refused() -> None:
-    features = RUNS | {"completion": "features"}
-    assert workspace(**features, features=MOST_FEATURES).shape.features == MOST_FEATURES
-    with pytest.raises(
-        ValueError, match=rf"features_file has {MOST_FEATURES + 1} features .* --features 256"
-    ):
-        workspace(**features, features=MOST_FEATURES + 1)
+@pytest.mark.parametrize(("head_size", "most"), [(64, 256), (96, 256), (128, 256), (256, 128)])
+def test_more_features_than_fit_are_refused(head_size: int, most: int) -> None:
+    case = RUNS | {"completion": "features", "head_size": head_size}
+    assert workspace(**case, features=most).shape.features == most
+    with pytest.raises(ValueError, match=rf"features_file has {most + 1} features .* --features {most}$"):
+        workspace(**case, features=most + 1)
 
 
 def test_the_buffers_hold_the_partial_results_of_any_batch() -> None:

@@ -18,11 +18,11 @@ from triton.compiler import ASTSource
 
 from vllm_rc_backend import attention_triton
 from vllm_rc_backend.attention_triton import (
-    MOST_FEATURES,
     SummaryPlanner,
     TritonAttention,
     Workspace,
     make_shape,
+    most_features,
 )
 from vllm_rc_backend.decaying_memory import BLOCK, TILE
 from vllm_rc_backend.evaluation.kernel_check import Case
@@ -51,13 +51,13 @@ VARIANTS = {
     "page cache": Case(**DEFAULT, **RUNS, completion="paged", cache_slots=64),
     "features": Case(**DEFAULT, **RUNS, completion="features", features=128),
     "features, page cache": Case(**DEFAULT, **RUNS, completion="features", features=128, cache_slots=64),
-    "the most features, head size 256, 16 query heads, fp8 cache": Case(
+    "the most features": Case(**DEFAULT, **RUNS, completion="features", features=most_features(128)),
+    "the most features, head size 256, 16 query heads": Case(
         **{**DEFAULT, "head_size": 256},
         **RUNS,
         completion="features",
-        features=MOST_FEATURES,
+        features=most_features(256),
         group=16,
-        kv_dtype=torch.float8_e4m3fn,
     ),
     "short contexts, head size 64": Case(
         **{**DEFAULT, "max_model_len": 32768, "head_size": 64}, **RUNS, completion="paged"
