@@ -277,11 +277,14 @@ class Workspace:
 
     def merge_tile(self, rows: int) -> tuple[int, int]:
         """Partial results, and columns of them, that a program merges at a time."""
-        shape = self.shape
-        tuning = self.tuning
-        columns = min(tuning.joint_columns if self.joint(rows) else tuning.merge_columns, shape.block_d)
+        shape, tuning, attenders = self.shape, self.tuning, self.attenders(rows)
+        columns = tuning.merge_columns
+        if self.joint(rows):
+            # Not more parts than there are programs: one that has two of them keeps all others waiting.
+            columns = max(tuning.joint_columns, shape.block_d // (next_power_of_2(attenders + 1) // 2))
+        columns = min(columns, shape.block_d)
         room = max(1, tuning.merge_elements // (shape.merge_rows * columns))
-        return min(next_power_of_2(self.attenders(rows)), room), columns
+        return min(next_power_of_2(attenders), room), columns
 
 
 class SummaryPlanner:

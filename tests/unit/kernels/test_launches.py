@@ -62,3 +62,13 @@ def test_the_buffers_hold_the_partial_results_of_any_batch() -> None:
     for rows in range(1, 49):
         assert rows * 8 * (work.attenders(rows) + 1) <= len(work.partial_out) == len(work.partial_stats)
         assert rows * 8 * work.scorers(rows) <= len(work.masses)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_no_program_of_one_launch_merges_twice(heads: int) -> None:
+    work = workspace(**RUNS, heads=heads, head_size=128, max_model_len=131072, most=200 // heads)
+    for rows in range(1, 200 // heads + 1):
+        splits, columns = work.merge_tile(rows)
+        assert splits * work.shape.merge_rows * columns <= work.tuning.merge_elements
+        if work.joint(rows):
+            assert work.shape.block_d // columns <= work.attenders(rows)
