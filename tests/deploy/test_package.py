@@ -19,13 +19,13 @@ import vllm_rc_backend
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_rc_backend"
-MODULES = {
+SOURCES = {
     str(Path(folder, name).relative_to(ROOT))
     for folder, _, names in os.walk(PACKAGE, followlinks=True)
     for name in names
-    if name.endswith(".py")
+    if name.endswith((".py", ".c"))
 }
-"""Every module of the package, those behind the link ``vllm_rc_backend/kernels`` among them."""
+"""Every source of the package, those behind the link ``vllm_rc_backend/kernels`` among them."""
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
@@ -57,14 +57,18 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_wheel_holds_every_module_the_types_and_the_licence(wheel: Path) -> None:
-    assert {"vllm_rc_backend/plugin.py", "vllm_rc_backend/kernels/triton/decode.py"} < MODULES
+def test_the_wheel_holds_every_source_the_types_and_the_licence(wheel: Path) -> None:
+    assert {
+        "vllm_rc_backend/plugin.py",
+        "vllm_rc_backend/kernels/triton/decode.py",
+        "vllm_rc_backend/kernels/csrc/host_pool.c",
+    } < SOURCES
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         info = f"vllm_rc_backend-{vllm_rc_backend.__version__}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         licence = archive.read(f"{info}/licenses/LICENSE")
-    assert {name for name in names if not name.startswith(info)} == MODULES | {"vllm_rc_backend/py.typed"}
+    assert {name for name in names if not name.startswith(info)} == SOURCES | {"vllm_rc_backend/py.typed"}
     assert licence == (ROOT / "LICENSE").read_bytes()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Version"] == vllm_rc_backend.__version__
