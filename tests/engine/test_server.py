@@ -32,7 +32,8 @@ def complete(server: Server, tokens: list[int], **kwargs: Any) -> Any:
 
 def test_completion_and_stream_agree(server: Server, prompt: Prompt) -> None:
     tokens = prompt(1000)["prompt_token_ids"]
-    complete(server, tokens)  # fills the prefix cache: in 16 bits a hit and a prefill may break a tie differently
+    # Fills the prefix cache: in 16 bits a hit and a prefill may break a tie differently.
+    complete(server, tokens)
     whole = complete(server, tokens).choices[0].text
     parts = [chunk.choices[0].text for chunk in complete(server, tokens, stream=True)]
     assert len(parts) > 5
