@@ -529,7 +529,6 @@ class TritonAttention:
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
             TILE=work.features_tile,
-            STATS=PARTIAL_STATS.value,
             SPLITS=next_power_of_2(attenders),
             OVERLAP=work.overlap,
             num_warps=4,

@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_rc_backend.kernels.triton.choose import choose_pages
 from vllm_rc_backend.kernels.triton.linear import LOG2_E
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot, dot_split, operand_type
+from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL, let_next_start, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import token_rows
@@ -167,7 +168,6 @@ def features_kernel(
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
-    STATS: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -202,7 +202,7 @@ def features_kernel(
     maxima += lane * max_groups
     chosen += lane * max_selected
     partial_out += lane * (attenders + 1) * S.merge_rows * D
-    partial_stats += (lane * (attenders + 1) + attenders) * STATS * S.merge_rows
+    partial_stats += (lane * (attenders + 1) + attenders) * PARTIAL_STATS * S.merge_rows
     counts += lane * attenders * S.features
     arrived += lane * ARRIVAL
     query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
