@@ -37,11 +37,15 @@ class ReferenceAttention:
         scale: the softmax scale.
         group_rule: how query heads that share a KV head agree on pages.
         pages: with the KV pages in host memory, the copies through which decoding reads them; otherwise None.
+
+    Raises:
+        ValueError: a group rule that the store's policy has no scores for.
     """
 
     def __init__(
         self, store: SideStore, scale: float, group_rule: str, pages: PageCache | None = None
     ) -> None:
+        reference.check_group_rule(group_rule, store.layout.policy)
         self.store = store
         self.scale = scale
         self.group_rule = group_rule

@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.host_kv.page_cache import LayerPages
 from vllm_rc_backend.kernels.geometry import Geometry
+from vllm_rc_backend.kernels.reference.select import check_group_rule
 from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
 from vllm_rc_backend.kernels.triton.decode import decode_kernel
 from vllm_rc_backend.kernels.triton.features import features_kernel
@@ -46,7 +47,7 @@ many had no summary), tokens in their contexts, tokens whose K and V one KV head
 read, the residual's share of the softmax mass (of KV head 0, in millionths), and summaries that were summed up from all
 pages of a mid region instead of advanced."""
 
-GROUP_RULES = ("max", "mean", "sum")
+GROUP_RULES = ("max", "mean", "sum", "share")
 COMPLETIONS = ("linear", "paged", "features", "none")
 
 
@@ -71,6 +72,7 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         )
     if group_rule not in GROUP_RULES:
         raise ValueError(f"group_rule={group_rule} has no GPU kernel; allowed: {', '.join(GROUP_RULES)}")
+    check_group_rule(group_rule, policy)
     if policy.name == "runs" and layout.statistics_bits != 2:
         raise ValueError(
             f"statistics_bits={layout.statistics_bits} has no GPU kernel with selection=runs; allowed: 2"
@@ -207,16 +209,17 @@ class Workspace:
         def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        paged = shape.completion == "paged"
-        self.keys = empty(max_rows, heads, self.max_pages)
-        self.maxima = empty(max_rows, heads, self.max_groups if self.neighbours > 1 else 0)
+        kept = shape.keeps_scores
         self.head_scores = empty(
-            max_rows, heads, self.max_pages if paged else 0, shape.group, dtype=torch.float16
+            max_rows, heads, self.max_pages if kept else 0, shape.group, dtype=torch.float16
         )
+        self.keys = self.head_scores if shape.by_share else empty(max_rows, heads, self.max_pages)
+        groups = max_rows, heads, self.max_groups if self.neighbours > 1 else 0, shape.key_width
+        self.maxima = empty(*groups, dtype=self.keys.dtype)
         self.chosen = empty(max_rows, heads, self.max_selected)
         every = range(1, max_rows + 1)
         most_scorers = max(rows * self.scorers(rows) for rows in every) * heads
-        self.masses = empty(most_scorers if paged else 0, 2, shape.block_n, dtype=torch.float32)
+        self.masses = empty(most_scorers if kept else 0, 2, shape.block_n, dtype=torch.float32)
         most_splits = max(rows * self.attenders(rows) for rows in every) * heads
         self.groups = empty(most_splits if self.neighbours > 1 else 0, self.max_selected)
         most_partials = most_splits + max_rows * heads
@@ -230,7 +233,8 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
+        tensors = {x.data_ptr(): x.nbytes for x in vars(self).values() if isinstance(x, Tensor)}
+        return sum(tensors.values())
 
     def most_registers(self, joint: bool) -> int:
         """Registers of a thread with which the programs that score fit into a multiprocessor as often as they should:
@@ -470,17 +474,20 @@ class TritonAttention:
 
     def choose(self, seq_lens: Tensor) -> None:
         """The pages of all rows, as a launch of its own: what is read must be known before it is fetched."""
-        work = self.workspace
+        work, scorers = self.workspace, self.workspace.scorers(len(seq_lens))
         choose_kernel[(self.shape.heads, len(seq_lens))](
             work.keys,
             work.maxima,
+            work.masses,
             work.groups,
             work.chosen,
             seq_lens,
             work.max_pages,
             work.max_groups,
             work.max_selected,
+            scorers,
             S=self.shape,
+            MASSES=next_power_of_2(scorers),
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
             num_warps=4,
@@ -494,7 +501,7 @@ class TritonAttention:
             return
         assert plan is not None
         work, pages, rows = self.workspace, self.pages, len(seq_lens)
-        attenders = work.attenders(rows)
+        scorers, attenders = work.scorers(rows), work.attenders(rows)
         features_kernel[(self.shape.heads, attenders, rows)](
             query,
             kv,
@@ -507,6 +514,7 @@ class TritonAttention:
             plan.slot,
             work.keys,
             work.maxima,
+            work.masses,
             work.groups,
             work.chosen,
             work.partial_out,
@@ -524,8 +532,10 @@ class TritonAttention:
             work.max_groups,
             work.max_selected,
             0 if pages is None else pages.group.max_read,
+            scorers,
             attenders,
             S=self.shape,
+            MASSES=next_power_of_2(scorers),
             GROUP=work.neighbours,
             BLOCKS=work.select_blocks,
             TILE=work.features_tile,

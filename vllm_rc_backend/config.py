@@ -31,8 +31,13 @@ def _option(default: Any, allowed: str, doc: str) -> Any:
     return field(default=default, metadata={"allowed": allowed, "doc": doc})
 
 
-GROUP_RULES = ("max", "mean", "sum", "softmax")
+GROUP_RULES = ("max", "mean", "sum", "softmax", "share")
 KV_RESIDENCIES = ("gpu", "host")
+
+_WITH_MASS = (
+    "Policies whose scores estimate a page's mass: "
+    f"{', '.join(sorted(n for n, p in POLICIES.items() if p.estimates_mass))}."
+)
 
 
 def default_completion(selection: str) -> str:
@@ -79,7 +84,9 @@ class RCTopKConfig:
     group_rule: str = _option(
         "max",
         ", ".join(GROUP_RULES),
-        "How the page scores of the query heads that share a KV head become one list.",
+        "How the page scores of the query heads that share a KV head become one list. share, the largest score after "
+        "0.7 of the log-mass of all pages was taken off each head's, goes with policies whose scores estimate a page's "
+        "mass (runs, moba, oracle); softmax runs on CPUs only.",
     )
     completion: str | None = _option(
         None,
@@ -165,6 +172,13 @@ class RCTopKConfig:
         self._integer("dense_threshold", 0)
         self._one_of("selection", sorted(POLICIES))
         self._one_of("group_rule", GROUP_RULES)
+        if self.group_rule == "share" and not POLICIES[self.selection].estimates_mass:
+            raise OptionError(
+                "group_rule",
+                self.group_rule,
+                f"{', '.join(rule for rule in GROUP_RULES if rule != 'share')} with selection={self.selection}",
+                _WITH_MASS,
+            )
         if self.completion is not None:
             self._one_of("completion", sorted(KINDS))
         self._one_of("kv_residency", KV_RESIDENCIES)
@@ -186,8 +200,7 @@ class RCTopKConfig:
                 self.completion,
                 f"{', '.join(sorted(n for n, c in KINDS.items() if not c.needs_mass))} with "
                 f"selection={self.selection}",
-                "Policies whose scores estimate a page's mass: "
-                f"{', '.join(sorted(n for n, p in POLICIES.items() if p.estimates_mass))}.",
+                _WITH_MASS,
             )
         weight = self.selection_weight
         if weight is not None:

@@ -5,6 +5,7 @@ from vllm_rc_backend.kernels.reference.memory import linear_scan, memory_step
 from vllm_rc_backend.kernels.reference.page_cache import CachedKV, PageCache, Traffic, written_pages
 from vllm_rc_backend.kernels.reference.paged import PagedKV
 from vllm_rc_backend.kernels.reference.select import (
+    check_group_rule,
     reduce_group,
     score_pages,
     select_pages,
@@ -36,6 +37,7 @@ __all__ = [
     "SummaryTags",
     "Traffic",
     "absorb_pages",
+    "check_group_rule",
     "complete_softmax",
     "damp",
     "decode_dense",

@@ -3,12 +3,14 @@
 Each of the programs that attend to a (row, head)'s tokens finds the same threshold and takes its own share of the
 ranks, which spares them waiting for one that does it for all. For long contexts the selection is exact in two levels:
 the k groups of neighbouring pages with the largest maxima contain the k best pages (a page outside them is beaten by k
-pages), so it looks at the maxima and then only at the pages of k groups.
+pages), so it looks at the maxima and then only at the pages of k groups. That holds for keys made of several heads'
+scores, too: the largest key of a group is that of its heads' maxima.
 """
 
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.triton.mass import head_offsets
 from vllm_rc_backend.kernels.triton.topk import (
     HIGHEST,
     LOWEST,
@@ -36,6 +38,7 @@ def _place(position, x, real, t, ties, base, first, last, out):
 @triton.jit
 def _top(
     keys,
+    offsets,
     groups,
     n,
     limit,
@@ -45,6 +48,7 @@ def _top(
     first,
     last,
     out,
+    S: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -55,7 +59,7 @@ def _top(
     Returns bounds of the keys that may still be among the k best.
     """
     if SINGLE:
-        index, x, real = load_keys(keys, groups, 0, n, limit, GROUP, BLOCK)
+        index, x, real = load_keys(keys, offsets, groups, 0, n, limit, S, GROUP, BLOCK)
         if not FINAL or GROUP == 1:
             low = tl.min(tl.where(real, x, HIGHEST), 0)
             high = tl.max(x, 0) + 1
@@ -63,10 +67,10 @@ def _top(
         ties = k - tl.sum((x > t).to(tl.int32), 0)
         _place(index, x, real, t, ties, 0, first, last, out)
     else:
-        t, all_above = threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP, BLOCK)
+        t, all_above = threshold_in_memory(keys, offsets, groups, n, limit, k, low, high, S, GROUP, BLOCK)
         ties, base = k - all_above, 0
         for start in range(0, n, BLOCK):
-            index, x, real = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
+            index, x, real = load_keys(keys, offsets, groups, start, n, limit, S, GROUP, BLOCK)
             above, equal = _place(index, x, real, t, ties, base, first, last, out)
             used = tl.minimum(tl.max(equal, 0), ties)
             base += tl.max(above, 0) + used
@@ -78,29 +82,38 @@ def _top(
 def choose_pages(
     keys,
     maxima,
+    masses,
+    scorers,
     groups,
     chosen,
     pages,
     k,
     first,
     last,
+    S: tl.constexpr,
+    MASSES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """Ranks ``[first, last)`` (ascending in the sequence) of the k best of ``pages`` scored pages.
 
     Args:
-        keys, maxima: from ``score_pages``.
+        keys, maxima, masses: from ``score_pages``; with the group rule ``share`` the keys are its ``head_scores``. The
+            masses of ``scorers`` programs are looked at with that rule only.
         groups: int32 ``[k]`` scratch of this program.
         chosen: int32 ``[k]`` out: places in the mid region.
     """
     low, high = tl.full([], LOWEST, tl.int32), tl.full([], HIGHEST, tl.int32)
     n = pages
+    offsets = None
+    if S.by_share:
+        offsets = head_offsets(masses, scorers, S, MASSES)
     if GROUP > 1:
         n_groups = tl.cdiv(pages, GROUP)
         if n_groups > k:
             low, high = _top(
                 maxima,
+                offsets,
                 maxima,
                 n_groups,
                 n_groups,
@@ -110,6 +123,7 @@ def choose_pages(
                 0,
                 k,
                 groups,
+                S,
                 1,
                 BLOCKS[0][0],
                 BLOCKS[0][1],
@@ -123,6 +137,7 @@ def choose_pages(
         n = tl.minimum(n_groups, k) * GROUP
     _top(
         keys,
+        offsets,
         groups,
         n,
         pages,
@@ -132,6 +147,7 @@ def choose_pages(
         first,
         last,
         chosen,
+        S,
         GROUP,
         BLOCKS[1][0],
         BLOCKS[1][1],

@@ -185,7 +185,8 @@ def decode_kernel(
         rotation: for ``runs``, see ``runs.query_parts``.
         codes, scales, states: the side store.
         slots: int32 ``[rows]``, the slot of each row's summary or -1.
-        keys, maxima, head_scores: ``[rows, heads, max_pages or max_groups]`` scratch, see ``score.score_pages``.
+        keys, maxima, head_scores: ``[rows, heads, max_pages or max_groups]`` scratch, see ``score.score_pages``; with
+            the group rule ``share`` keys are head_scores.
         masses: float32 ``[rows, heads, scorers, 2, block_n]`` scratch, see there.
         groups: int32 ``[rows, heads, splits, max_selected]`` scratch, see ``choose.choose_pages``.
         chosen: int32 ``[rows, heads, max_selected]`` out, see there.
@@ -219,8 +220,8 @@ def decode_kernel(
         slot = tl.where(sparse, tl.load(slots + row), -1)
 
     lane = row.to(tl.int64) * S.heads + head
-    keys += lane * max_pages
-    maxima += lane * max_groups
+    keys += lane * max_pages * S.key_width
+    maxima += lane * max_groups * S.key_width
     head_scores += lane * max_pages * S.group
     masses += lane * scorers * (2 * S.block_n)
     scored += lane * ARRIVAL
@@ -292,12 +293,16 @@ def decode_kernel(
                     choose_pages(
                         keys,
                         maxima,
+                        masses,
+                        scorers,
                         groups + (lane * attenders + split) * max_selected,
                         chosen,
                         pages,
                         n_retrieved // g.page_size,
                         first,
                         last,
+                        S,
+                        MASSES,
                         GROUP,
                         BLOCKS,
                     )

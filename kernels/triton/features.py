@@ -144,6 +144,7 @@ def features_kernel(
     slots,
     keys,
     maxima,
+    masses,
     groups,
     chosen,
     partial_out,
@@ -163,8 +164,10 @@ def features_kernel(
     max_groups,
     max_selected,
     max_read,
+    scorers,
     attenders,
     S: tl.constexpr,
+    MASSES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
@@ -198,8 +201,9 @@ def features_kernel(
     splits = tl.cdiv(retrieved, tl.maximum(share, 1))
 
     lane = row.to(tl.int64) * S.heads + head
-    keys += lane * max_pages
-    maxima += lane * max_groups
+    keys += lane * max_pages * S.key_width
+    maxima += lane * max_groups * S.key_width
+    masses += lane * scorers * (2 * S.block_n)
     chosen += lane * max_selected
     partial_out += lane * (attenders + 1) * S.merge_rows * D
     partial_stats += (lane * (attenders + 1) + attenders) * PARTIAL_STATS * S.merge_rows
@@ -223,12 +227,16 @@ def features_kernel(
             choose_pages(
                 keys,
                 maxima,
+                masses,
+                scorers,
                 groups + (lane * attenders + split) * max_selected,
                 chosen,
                 pages,
                 retrieved,
                 first,
                 last,
+                S,
+                MASSES,
                 GROUP,
                 BLOCKS,
             )

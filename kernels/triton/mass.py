@@ -1,4 +1,5 @@
-"""The residual's mass from the page scores, for the completion ``paged``: twin of ``reference.unread_log_mass``.
+"""Masses from the page scores: the residual's for the completion ``paged``, twin of ``reference.unread_log_mass``, and
+that of all pages for the group rule ``share``, as in ``reference.reduce_group``.
 
 The mass of all pages of the mid region, summed while they were scored, minus that of the retrieved ones. Both sums are
 of the same rounded numbers. Where the retrieved pages hold nearly all of it, the difference of two float32 is uncertain
@@ -10,8 +11,11 @@ Everything in base 2.
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.reference.select import SHARE_WEIGHT
+
 SMALLEST_SHARE = tl.constexpr(1e-6)
 PAGES = tl.constexpr(16)
+WEIGHT = tl.constexpr(SHARE_WEIGHT)
 
 
 @triton.jit
@@ -51,15 +55,14 @@ def retrieved_mass(scores, chosen, head_scores, first, last, S: tl.constexpr):
 
 
 @triton.jit
-def scored_masses(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr):
-    """Maximum and sum of the scores of the pages of each program that scored: float32 ``[MASSES, merge_rows]`` each.
+def scored_masses(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr, HEADS: tl.constexpr):
+    """Maximum and sum of the scores of the pages of each program that scored: float32 ``[MASSES, HEADS]`` each.
 
     Args:
         masses: float32 ``[scorers, 2, block_n]``, from ``score.score_pages``.
     """
     N: tl.constexpr = S.block_n
-    R: tl.constexpr = S.merge_rows  # Triton 3.6 takes no plain int in a shape
-    i, heads = tl.arange(0, MASSES), tl.arange(0, R)
+    i, heads = tl.arange(0, MASSES), tl.arange(0, HEADS)
     at = masses + i[:, None] * (2 * N) + heads[None, :]
     real = (i < scorers)[:, None] & (heads < S.group)[None, :]
     m = tl.load(at, mask=real, other=float("-inf"), cache_modifier=".cg")
@@ -67,11 +70,27 @@ def scored_masses(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr):
 
 
 @triton.jit
+def _total(scored_m, scored):
+    """Maximum and sum of the scores of all pages: float32 ``[heads]`` each."""
+    m = tl.max(scored_m, 0)
+    return m, tl.sum(scored * tl.exp2(scored_m - finite(m)[None, :]), 0)
+
+
+@triton.jit
+def head_offsets(masses, scorers, S: tl.constexpr, MASSES: tl.constexpr):
+    """What the group rule ``share`` takes off each query head's scores: float32 ``[block_n]``, finite."""
+    N: tl.constexpr = S.block_n
+    m, total = _total(*scored_masses(masses, scorers, S, MASSES, N))
+    # Ends in a sum: a product could be contracted with the subtraction from the scores at one place and not at another,
+    # and both levels of the selection must make the same key.
+    return WEIGHT * finite(m) + WEIGHT * tl.log2(tl.where(total > 0, total, 1.0))
+
+
+@triton.jit
 def unread_log_mass(scored_m, scored, retrieved_m, retrieved, S: tl.constexpr):
     """The residual's log-mass ``[merge_rows]`` from ``scored_masses`` and the sum of all ``retrieved_mass``."""
     g: tl.constexpr = S.geometry
-    all_m = tl.max(scored_m, 0)
-    total = tl.sum(scored * tl.exp2(scored_m - finite(all_m)[None, :]), 0)
+    all_m, total = _total(scored_m, scored)
     rest = total - retrieved * tl.exp2(retrieved_m - finite(all_m))
     rest = tl.maximum(rest, total * SMALLEST_SHARE)
     return all_m + tl.log2(tl.where(total > 0, rest, 1.0)) + tl.log2(tl.full([], g.page_size, tl.float32))

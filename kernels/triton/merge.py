@@ -67,7 +67,7 @@ def merge_columns(
             other=0.0,
             cache_modifier=".cg",
         )
-        scored_m, scored = scored_masses(masses, scorers, S, MASSES)
+        scored_m, scored = scored_masses(masses, scorers, S, MASSES, R)
     m = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
     scores_sum = tl.zeros([R], tl.float32)

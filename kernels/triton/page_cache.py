@@ -114,13 +114,16 @@ def cached_rows(pool, content, reading, j, real, stride_block, stride_token, S: 
 def choose_kernel(
     keys,
     maxima,
+    masses,
     groups,
     chosen,
     seq_lens,
     max_pages,
     max_groups,
     max_selected,
+    scorers,
     S: tl.constexpr,
+    MASSES: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -134,14 +137,18 @@ def choose_kernel(
     if is_sparse(seq_len, g):
         k = retrieved_pages(seq_len, g)
         choose_pages(
-            keys + lane * max_pages,
-            maxima + lane * max_groups,
+            keys + lane * max_pages * S.key_width,
+            maxima + lane * max_groups * S.key_width,
+            masses + lane * scorers * (2 * S.block_n),
+            scorers,
             groups + lane * max_selected,
             chosen + lane * max_selected,
             mid_end(seq_len, g) - g.sink_pages,
             k,
             0,
             k,
+            S,
+            MASSES,
             GROUP,
             BLOCKS,
         )

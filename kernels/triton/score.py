@@ -1,8 +1,9 @@
 """Scores of the mid region's pages: twin of ``reference.score_pages`` and of the sum in ``reference.unread_log_mass``.
 
 A program scores some of a (row, KV head)'s pages. It leaves an ordered key for each page and the maxima of neighbouring
-keys; for the completion ``paged`` also each query head's score of the page, and their log-sum-exp over its pages.
-Scores are in base 2 here.
+keys; for the completion ``paged`` also each query head's score of the page, and their log-sum-exp over its pages. With
+the group rule ``share`` these come in place of the keys, and maxima are of each head's scores. Scores are in base 2
+here.
 """
 
 import triton
@@ -100,7 +101,7 @@ def score_pages(
         query: points to the first query head of the KV head.
         block_table: points to the row.
         keys, maxima, head_scores: point to the (row, head): int32 ``[pages]``, int32 ``[pages / GROUP]`` and float16
-            ``[pages, group]`` out.
+            ``[pages, group]`` out. With ``share`` there are no keys, and maxima are float16 ``[pages / GROUP, group]``.
         masses: points to the (row, head, split): float32 ``[2, block_n]`` out, maximum and sum.
         scale: the softmax scale.
     """
@@ -145,20 +146,21 @@ def score_pages(
             if S.vectors == 2:
                 scores += _products(codes, index + 1, unit2, high2, low2, factor2, real, S)
             scores *= LOG2_E
-        if S.group_rule == "mean":
-            group_score = tl.sum(tl.where(member[None, :], scores, 0.0), 1) / S.group
-        else:
-            counted = tl.where(member[None, :], scores, float("-inf"))
-            group_score = tl.max(counted, 1)
-            if S.group_rule == "sum":
-                group_score += tl.log2(tl.sum(tl.exp2(counted - group_score[:, None]), 1))
-        key = tl.where(real, ordered_key(group_score), LOWEST)
-        tl.store(keys + i, key, mask=real)
-        if GROUP > 1:
-            top = tl.max(tl.reshape(key, [TILE // GROUP, GROUP]), 1)
-            j = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
-            tl.store(maxima + j, top, mask=j * GROUP < pages)
-        if S.completion == "paged":
+        j = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+        if not S.by_share:
+            if S.group_rule == "mean":
+                group_score = tl.sum(tl.where(member[None, :], scores, 0.0), 1) / S.group
+            else:
+                counted = tl.where(member[None, :], scores, float("-inf"))
+                group_score = tl.max(counted, 1)
+                if S.group_rule == "sum":
+                    group_score += tl.log2(tl.sum(tl.exp2(counted - group_score[:, None]), 1))
+            key = tl.where(real, ordered_key(group_score), LOWEST)
+            tl.store(keys + i, key, mask=real)
+            if GROUP > 1:
+                top = tl.max(tl.reshape(key, [TILE // GROUP, GROUP]), 1)
+                tl.store(maxima + j, top, mask=j * GROUP < pages)
+        if S.keeps_scores:
             # Rounded before it is summed: what is subtracted for the retrieved pages later must be what was added.
             rounded = tl.minimum(tl.maximum(scores, -LARGEST), LARGEST).to(tl.float16)
             tl.store(
@@ -170,7 +172,14 @@ def score_pages(
             new_m = tl.maximum(m, x)
             total = total * tl.exp2(m - new_m) + tl.exp2(x - new_m)
             m = new_m
-    if S.completion == "paged":
+            if S.by_share and GROUP > 1:
+                top = tl.max(tl.reshape(x, [TILE // GROUP, GROUP, N]), 1)
+                tl.store(
+                    maxima + j[:, None] * S.group + heads[None, :],
+                    top.to(tl.float16),
+                    mask=(j * GROUP < pages)[:, None] & member[None, :],
+                )
+    if S.keeps_scores:
         largest = tl.max(m, 0)
         tl.store(masses + heads, largest)
         tl.store(masses + N + heads, tl.sum(total * tl.exp2(m - largest[None, :]), 0))

@@ -24,7 +24,7 @@ class Shape:
         query_map: what the second statistic is multiplied with, ``abs`` (box), ``square`` (mean_var), or ``none``
             for a policy with one vector; ``runs`` for the policy of that name, whose score is of another form.
         spread_weight: weight of that second term.
-        group_rule: ``max``, ``mean`` or ``sum`` over the query heads of a KV head.
+        group_rule: ``max``, ``mean``, ``sum`` or ``share`` over the query heads of a KV head.
         completion: ``linear``, ``paged``, ``features`` or ``none``.
         vectors: statistics kept per page.
         features: of the completion ``features``, D_phi; otherwise 0.
@@ -89,6 +89,21 @@ class Shape:
     def merge_rows(self) -> int:
         """Rows of a partial result: the query heads and the row of ones."""
         return next_power_of_2(self.group + 1)
+
+    @property
+    def by_share(self) -> bool:
+        """Whether a page's key needs the scores of all pages: it is made when pages are chosen, not when scored."""
+        return self.group_rule == "share"
+
+    @property
+    def key_width(self) -> int:
+        """Numbers that a page's key is made of: itself, or the score of every query head."""
+        return self.group if self.by_share else 1
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the score of every query head is kept, and what a head's pages weigh together."""
+        return self.completion == "paged" or self.by_share
 
     @property
     def first_order(self) -> bool:

@@ -20,10 +20,13 @@ def ordered_key(score):
 
 
 @triton.jit
-def load_keys(keys, groups, start, n, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def load_keys(
+    keys, offsets, groups, start, n, limit, S: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
     """Positions in ``keys``, keys and validity of elements ``[start, start + BLOCK)`` of the ``n`` that take part.
 
-    With GROUP > 1 they are the members of the listed groups, GROUP neighbours each; ``limit`` keys exist.
+    With GROUP > 1 they are the members of the listed groups, GROUP neighbours each; ``limit`` keys exist. With the
+    group rule ``share`` a key is made here, of float16 ``[group]`` and from ``mass.head_offsets``.
     """
     i = start + tl.arange(0, BLOCK)
     if GROUP > 1:
@@ -32,7 +35,19 @@ def load_keys(keys, groups, start, n, limit, GROUP: tl.constexpr, BLOCK: tl.cons
         index = i
     real = (i < n) & (index < limit)
     # .cg: written by other programs of this launch, so the first-level cache may not answer.
-    return index, tl.load(keys + index, mask=real, other=LOWEST, cache_modifier=".cg"), real
+    if S.by_share:
+        heads = tl.arange(0, S.block_n)
+        scores = tl.load(
+            keys + index[:, None] * S.group + heads[None, :],
+            mask=real[:, None] & (heads < S.group)[None, :],
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
+        best = tl.max(scores.to(tl.float32) - offsets[None, :], 1)
+        x = tl.where(real, ordered_key(best), LOWEST)
+    else:
+        x = tl.load(keys + index, mask=real, other=LOWEST, cache_modifier=".cg")
+    return index, x, real
 
 
 @triton.jit
@@ -97,7 +112,9 @@ def threshold(x, k, low, high):
 
 
 @triton.jit
-def threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def threshold_in_memory(
+    keys, offsets, groups, n, limit, k, low, high, S: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
     """The same over keys that are read again and again, BLOCK at a time; and the number of keys > t."""
     low, high = low.to(tl.int64), high.to(tl.int64)
     reached = tl.full([], 2**30, tl.int32)
@@ -106,14 +123,14 @@ def threshold_in_memory(keys, groups, n, limit, k, low, high, GROUP: tl.constexp
         first = tl.full([], 0, tl.int32)
         second, third, fourth = first, first, first
         for start in range(0, n, BLOCK):
-            _, x, _ = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
+            _, x, _ = load_keys(keys, offsets, groups, start, n, limit, S, GROUP, BLOCK)
             one, two, three, four = _counts(x, low, step)
             first, second, third, fourth = first + one, second + two, third + three, fourth + four
         low, high, reached = _narrow(low, high, reached, step, first, second, third, fourth, k)
     t = low.to(tl.int32)
     above = tl.full([], 0, tl.int32)
     for start in range(0, n, BLOCK):
-        _, x, _ = load_keys(keys, groups, start, n, limit, GROUP, BLOCK)
+        _, x, _ = load_keys(keys, offsets, groups, start, n, limit, S, GROUP, BLOCK)
         above += tl.sum((x > t).to(tl.int32), 0)
     return t, above
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 RAGGED = (500, 1, 0, 131, 333)
 FP8 = {"kv_dtype": torch.float8_e4m3fn, "key_scale": 0.5, "value_scale": 2.0}
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
+SHARE: dict[str, Any] = {**RUNS, "group_rule": "share"}
 FEATURES: dict[str, Any] = {**RUNS, "completion": "features"}
 CASES = {
     "default": Case(**RUNS, completion="paged", head_size=128, seq_lens=RAGGED, heads=8),
@@ -45,6 +46,43 @@ CASES = {
         budget=150,
         max_model_len=70_000,
         heads=1,
+    ),
+    "share": Case(**SHARE, completion="paged", head_size=128, seq_lens=RAGGED, heads=8),
+    "share, head size 64, 5 query heads, fp8": Case(
+        **SHARE, **FP8, completion="paged", group=5, seq_lens=RAGGED
+    ),
+    "share, 16 query heads, selection only": Case(
+        **SHARE, completion="none", head_size=128, group=16, seq_lens=RAGGED
+    ),
+    "share, many rows": Case(
+        **SHARE, completion="paged", head_size=128, seq_lens=tuple(range(40, 680, 8)), heads=4
+    ),
+    "share in two levels": Case(
+        **SHARE,
+        completion="paged",
+        head_size=128,
+        seq_lens=(6000, 700),
+        budget=150,
+        max_model_len=70_000,
+        heads=1,
+    ),
+    "share in two levels, many rows, 8 query heads": Case(
+        **SHARE,
+        completion="paged",
+        head_size=128,
+        seq_lens=tuple(range(1200, 2600, 20)),
+        budget=150,
+        max_model_len=70_000,
+        heads=4,
+        group=8,
+    ),
+    "share, moba, linear": Case(selection="moba", group_rule="share", completion="linear", seq_lens=RAGGED),
+    "share, features, two levels": Case(
+        **SHARE, completion="features", head_size=128, seq_lens=(6000, 700), budget=150, max_model_len=70_000
+    ),
+    "share, through a page cache": Case(**SHARE, completion="paged", seq_lens=RAGGED, cache_slots=20),
+    "share, features, through a page cache": Case(
+        **SHARE, completion="features", seq_lens=RAGGED, cache_slots=20
     ),
     "runs, many rows": Case(
         **RUNS,
@@ -134,10 +172,10 @@ def test_agrees_with_the_reference(name: str) -> None:
     check(CASES[name], "cuda", steps=2)
 
 
-@pytest.mark.parametrize("completion", ["paged", "features"])
-def test_graph_replay_follows_changing_lengths(completion: str) -> None:
+@pytest.mark.parametrize(("completion", "rule"), [("paged", "max"), ("paged", "share"), ("features", "max")])
+def test_graph_replay_follows_changing_lengths(completion: str, rule: str) -> None:
     """One captured graph; rows come, go, finish pages and cross from dense to sparse."""
-    case = Case(**RUNS, completion=completion, head_size=128, seq_lens=(100, 300, 0, 150))
+    case = Case(**RUNS, group_rule=rule, completion=completion, head_size=128, seq_lens=(100, 300, 0, 150))
     runner = Runner(case, "cuda", steps=40)
     runner.prefill()
     rows = len(case.seq_lens)
@@ -173,9 +211,10 @@ def test_graph_replay_follows_changing_lengths(completion: str) -> None:
     assert runner.expected_counts["dense_rows"] > 0
 
 
-def test_ties_go_to_the_earlier_page() -> None:
+@pytest.mark.parametrize("options", [{}, SHARE], ids=["box", "share"])
+def test_ties_go_to_the_earlier_page(options: dict[str, Any]) -> None:
     for max_model_len in (1024, 70_000):
-        case = Case(seq_lens=(900,), heads=1, max_model_len=max_model_len)
+        case = Case(**options, seq_lens=(900,), heads=1, max_model_len=max_model_len)
         runner = Runner(case, "cuda")
         runner.tokens[:] = runner.tokens[:, :1]
         runner.prefill()
@@ -184,9 +223,12 @@ def test_ties_go_to_the_earlier_page() -> None:
         assert runner.workspace.chosen[0, 0, :count].tolist() == list(range(count))
 
 
-def test_the_result_is_the_same_every_time() -> None:
+@pytest.mark.parametrize("rule", ["max", "share"])
+def test_the_result_is_the_same_every_time(rule: str) -> None:
     """Whatever order the programs of a row arrive in."""
-    case = Case(**RUNS, completion="none", head_size=128, seq_lens=(3000, 700), heads=4, budget=512)
+    case = Case(
+        **RUNS, group_rule=rule, completion="none", head_size=128, seq_lens=(3000, 700), heads=4, budget=512
+    )
     runner = Runner(case, "cuda")
     runner.prefill()
     query, lengths = runner.new_query(2), runner.tensor([3000, 700])

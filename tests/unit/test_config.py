@@ -59,6 +59,8 @@ def test_every_option_has_refusals_tested() -> None:
         {"selection": "mean_var", "selection_weight": 1},
         {"selection": "oracle", "group_rule": "softmax", "completion": "none"},
         {"dense_layers": [0, 1], "dense_threshold": 4096, "statistics_bits": 8, "summary_slots": 3},
+        {"group_rule": "share"},
+        {"selection": "moba", "group_rule": "share", "completion": "linear"},
         {"log_requests": True},
         {"log_interval": 0},
         {"kv_residency": "host", "host_kv_gib": 0.5},
@@ -113,6 +115,16 @@ def test_budget_below_anchors_and_one_page() -> None:
     assert RCTopKConfig(budget=smallest).budget == smallest
     with pytest.raises(OptionError, match=f"allowed: {smallest} or more with sink_tokens=16, tail_tokens=16"):
         RCTopKConfig(budget=smallest - 1)
+
+
+@pytest.mark.parametrize("selection", ["box", "mean_var"])
+def test_share_contradicts_scores_that_are_no_masses(selection: str) -> None:
+    with pytest.raises(
+        OptionError,
+        match=rf"group_rule: got 'share'; allowed: max, mean, sum, softmax with selection={selection}. "
+        "Policies whose scores estimate a page's mass: moba, oracle, runs.",
+    ):
+        RCTopKConfig.from_mapping({"selection": selection, "group_rule": "share"})
 
 
 @pytest.mark.parametrize("selection", ["moba", "oracle"])

@@ -24,6 +24,7 @@ from torch import Tensor
 from vllm_rc_backend import __version__
 from vllm_rc_backend.attention_triton import (
     COMPLETIONS,
+    GROUP_RULES,
     POLICY_QUERY_MAPS,
     SummaryPlanner,
     TritonAttention,
@@ -34,8 +35,8 @@ from vllm_rc_backend.attention_triton import (
 from vllm_rc_backend.completion import LEARNED
 from vllm_rc_backend.config import RCTopKConfig, default_completion
 from vllm_rc_backend.evaluation.kernel_check import Case, check, check_row
-from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags
-from vllm_rc_backend.selection import POLICIES
+from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags, check_group_rule
+from vllm_rc_backend.selection import POLICIES, make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
 K = 1024
@@ -430,6 +431,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--statistics-bits", type=int, choices=(2, 8, 16), help="default: those of the selection policy"
     )
     parser.add_argument("--selection", choices=tuple(POLICY_QUERY_MAPS), default=RCTopKConfig.selection)
+    parser.add_argument("--group-rule", choices=GROUP_RULES, default=RCTopKConfig.group_rule)
     parser.add_argument("--completion", choices=COMPLETIONS, help="default: that of the selection policy")
     parser.add_argument(
         "--features",
@@ -461,6 +463,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rc-topk bench", description=__doc__)
     add_arguments(parser)
     options = parser.parse_args(argv)
+    try:
+        check_group_rule(options.group_rule, make_policy(options.selection))
+    except ValueError as refusal:
+        parser.error(str(refusal))
     if not torch.cuda.is_available():
         print("rc-topk bench needs a CUDA device.", file=sys.stderr)
         return 1
@@ -475,6 +481,7 @@ def main(argv: list[str] | None = None) -> int:
         budget=options.budget,
         statistics_bits=options.statistics_bits or POLICIES[options.selection].statistics_bits[0],
         selection=options.selection,
+        group_rule=options.group_rule,
         completion=options.completion or default_completion(options.selection),
         features=options.features,
         head_first=options.layout == "HND",
@@ -515,8 +522,8 @@ def main(argv: list[str] | None = None) -> int:
         "copy_gb_per_s": round(bandwidth / 1e9),
         "shape": f"{options.query_heads} query heads, {case.heads} KV heads, head size {case.head_size}, bfloat16, "
         f"pages of {case.page_size}, {options.layout}, budget {case.budget:g}, "
-        f"sink {case.sink_tokens}, tail {case.tail_tokens}, {case.selection}, {maps}{case.completion}, "
-        f"{case.statistics_bits}-bit statistics",
+        f"sink {case.sink_tokens}, tail {case.tail_tokens}, {case.selection}, group rule {case.group_rule}, "
+        f"{maps}{case.completion}, {case.statistics_bits}-bit statistics",
     }
     for name, value in about.items():
         print(f"- {name}: {value}")

@@ -82,13 +82,14 @@ class Case:
     selection: str
     completion: str
 
-    def options(self, features_file: Path | None = None) -> RCTopKConfig:
+    def options(self, features_file: Path | None, group_rule: str) -> RCTopKConfig:
         """The engine's options for it; refuses what an engine would refuse."""
         learned = self.completion == LEARNED
         return Selection.parse(self.selection).options(
             budget=int(self.context * self.budget),
             completion=self.completion,
             features_file=str(features_file) if learned else None,
+            group_rule=group_rule,
         )
 
 
@@ -109,12 +110,13 @@ def cases(
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a setting needs to know about the model."""
+    """What a setting needs to know about the model, and the group rule of all settings."""
 
     layers: int
     heads: int
     head_size: int
     features: list[Features] | None
+    group_rule: str = RCTopKConfig.group_rule
 
     def completions(self, name: str) -> list[Completion]:
         """One per layer."""
@@ -126,7 +128,7 @@ class Shapes:
     def settings(self, case: Case) -> list[Setting]:
         """One setting per layer."""
         selection = Selection.parse(case.selection)
-        options = selection.options(budget=int(case.context * case.budget))
+        options = selection.options(budget=int(case.context * case.budget), group_rule=self.group_rule)
         geometry = options.geometry()
         policy = SnapKV() if selection.name == SnapKV.name else make_policy(selection.name, selection.weight)
         return [

@@ -5,6 +5,7 @@ Used by the tests, under Triton's interpreter and on GPUs, and by ``rc-topk benc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -341,18 +342,28 @@ def compare_selection(
     """
     store, count = attention.store, case.geometry.retrieved_pages(seq_len)
     page_statistics = stored_statistics(store, ids)
-    scores = reference.score_pages(query, page_statistics, store.layout.policy, case.group_rule)
-    needed = reference.select_pages(scores, count)
-
+    head_scores = store.layout.policy.score(query, page_statistics)
+    scores = reference.reduce_group(head_scores, case.group_rule)
     places = attention.workspace.chosen[row, :, :count].long()
     assert bool(((places >= 0) & (places < len(ids))).all()), f"row {row}: pages outside the mid region"
     assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: pages repeat or are out of order"
-    worst, lowest = (scores.gather(1, x).amin(-1) for x in (places, needed))
-    slack = (5e-2 if case.selection == "runs" else 2e-3) * scores.abs().amax(-1)  # runs: 6 to 8 bits of query
-    assert bool((worst >= lowest - slack).all()), (
-        f"row {row}: took a page of {worst} and left one of {lowest}"
-    )
+    # Errors are those of the heads' scores, whatever the rule takes off them. With runs: 6 to 8 bits of query.
+    slack = (5e-2 if case.selection == "runs" else 2e-3) * head_scores.abs().amax((-1, -2))
+    _compare_choice(scores, places, slack, f"row {row}")
+    if attention.shape.by_share:
+        kept = attention.workspace.head_scores[row, :, : len(ids)].float().transpose(1, 2) * math.log(2)
+        scores = reference.reduce_group(kept, case.group_rule)
+        _compare_choice(
+            scores, places, 1e-5 * kept.abs().amax((-1, -2)), f"row {row}, by the kernel's scores"
+        )
     return places
+
+
+def _compare_choice(scores: Tensor, places: Tensor, slack: Tensor, what: str) -> None:
+    """Hold places chosen ``[heads, count]`` to the best by scores ``[heads, pages]``, up to ``slack`` ``[heads]``."""
+    needed = reference.select_pages(scores, places.shape[-1])
+    worst, lowest = (scores.gather(1, x).amin(-1) for x in (places, needed))
+    assert bool((worst >= lowest - slack).all()), f"{what}: took a page of {worst} and left one of {lowest}"
 
 
 def check_row(

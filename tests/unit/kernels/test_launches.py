@@ -57,6 +57,23 @@ def test_more_features_than_fit_are_refused(head_size: int, most: int) -> None:
         workspace(**case, features=most + 1)
 
 
+@pytest.mark.parametrize(
+    ("selection", "words"), [("box", "selection=box"), ("mean_var", "selection=mean_var")]
+)
+def test_share_is_refused_without_scores_that_are_masses(selection: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"group_rule=share .* {words} do not"):
+        workspace(selection=selection, group_rule="share")
+
+
+def test_share_keeps_no_keys() -> None:
+    case = RUNS | {"heads": 8, "most": 1, "max_model_len": 131072}
+    largest, share = workspace(**case), workspace(**case, group_rule="share")
+    keys, maxima = largest.keys.nbytes, largest.maxima.nbytes
+    assert share.keys is share.head_scores
+    assert share.maxima.nbytes == 2 * maxima  # four heads of 2 bytes instead of one of 4
+    assert share.nbytes == largest.nbytes - keys + maxima
+
+
 def test_the_buffers_hold_the_partial_results_of_any_batch() -> None:
     work = workspace(**RUNS, heads=8, most=48, max_model_len=8192)
     for rows in range(1, 49):

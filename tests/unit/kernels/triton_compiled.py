@@ -41,6 +41,7 @@ DEFAULT = {
     "max_model_len": 131072,
 }
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
+SHARE: dict[str, Any] = {**RUNS, "group_rule": "share"}
 VARIANTS = {
     "box": Case(**DEFAULT, statistics_bits=8),
     "default": Case(**DEFAULT, **RUNS, completion="paged"),
@@ -49,6 +50,13 @@ VARIANTS = {
         **{**DEFAULT, "head_size": 256, "budget": 1 / 32}, **RUNS, completion="paged", group=16
     ),
     "page cache": Case(**DEFAULT, **RUNS, completion="paged", cache_slots=64),
+    "share": Case(**DEFAULT, **SHARE, completion="paged"),
+    "share, 16 query heads, short contexts": Case(
+        **{**DEFAULT, "max_model_len": 32768}, **SHARE, completion="paged", group=16
+    ),
+    "share, features, page cache": Case(
+        **DEFAULT, **SHARE, completion="features", features=128, cache_slots=64
+    ),
     "features": Case(**DEFAULT, **RUNS, completion="features", features=128),
     "features, page cache": Case(**DEFAULT, **RUNS, completion="features", features=128, cache_slots=64),
     "the most features": Case(**DEFAULT, **RUNS, completion="features", features=most_features(128)),

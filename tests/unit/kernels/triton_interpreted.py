@@ -18,6 +18,7 @@ from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.reference import SummaryTags
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
+SHARE: dict[str, Any] = {**RUNS, "group_rule": "share"}
 FEATURES: dict[str, Any] = {**RUNS, "completion": "features"}
 CASES = {
     "default": (Case(**RUNS, completion="paged", head_size=128), 3),
@@ -61,6 +62,74 @@ CASES = {
     "runs, sum over the group, 5 query heads": (
         Case(**RUNS, group_rule="sum", completion="paged", group=5, heads=1),
         2,
+    ),
+    "share, ragged, padding row": (
+        Case(**SHARE, completion="paged", seq_lens=(300, 208, 0, 90)),
+        2,
+    ),
+    "share, head size 128, 5 query heads, fp8 cache with scales": (
+        Case(
+            **SHARE,
+            completion="paged",
+            head_size=128,
+            group=5,
+            heads=1,
+            kv_dtype=torch.float8_e4m3fn,
+            key_scale=0.5,
+            value_scale=2.0,
+        ),
+        1,
+    ),
+    "share in two levels, 16 query heads": (
+        Case(
+            **SHARE,
+            completion="paged",
+            seq_lens=(1500, 600),
+            heads=1,
+            group=16,
+            budget=150,
+            sink_tokens=0,
+            max_model_len=70_000,
+        ),
+        1,
+    ),
+    "share in two levels, 5 query heads, more of them than there are groups": (
+        Case(
+            **SHARE,
+            completion="linear",
+            seq_lens=(1500, 300),
+            heads=2,
+            group=5,
+            budget=150,
+            max_model_len=70_000,
+        ),
+        2,
+    ),
+    "share, moba, selection only, 1 query head": (
+        Case(selection="moba", group_rule="share", completion="none", group=1),
+        1,
+    ),
+    "share, features, selection in two levels": (
+        Case(
+            **SHARE, completion="features", seq_lens=(1500, 0, 600), heads=2, budget=150, max_model_len=70_000
+        ),
+        1,
+    ),
+    "share, through a page cache": (
+        Case(**SHARE, completion="paged", seq_lens=(300, 0, 90), cache_slots=40, group=5),
+        2,
+    ),
+    "share, features, through a page cache, selection in two levels": (
+        Case(
+            **SHARE,
+            completion="features",
+            seq_lens=(900,),
+            heads=2,
+            budget=150,
+            max_model_len=70_000,
+            cache_slots=40,
+        ),
+        1,
     ),
     "box": (Case(), 2),
     "8-bit statistics, ragged, padding row": (Case(seq_lens=(300, 208, 0, 90), statistics_bits=8), 2),
@@ -203,9 +272,10 @@ def test_agrees_with_the_reference(name: str) -> None:
     check(case, "cpu", steps)
 
 
+@pytest.mark.parametrize("options", [{}, SHARE], ids=["box", "share"])
 @pytest.mark.parametrize("max_model_len", [512, 70_000], ids=["one level", "two levels"])
-def test_ties_go_to_the_earlier_page(max_model_len: int) -> None:
-    case = Case(seq_lens=(700,), heads=1, max_model_len=max_model_len, budget=150)
+def test_ties_go_to_the_earlier_page(max_model_len: int, options: dict[str, Any]) -> None:
+    case = Case(**options, seq_lens=(700,), heads=1, max_model_len=max_model_len, budget=150)
     runner = Runner(case, "cpu")
     runner.tokens[:] = runner.tokens[:, :1]
     runner.prefill()
@@ -214,10 +284,12 @@ def test_ties_go_to_the_earlier_page(max_model_len: int) -> None:
     assert runner.workspace.chosen[0, 0, :count].tolist() == list(range(count))
 
 
+@pytest.mark.parametrize("rule", ["max", "share"])
 @pytest.mark.parametrize("group", [1, 3])
-def test_keys_that_do_not_fit_into_registers(group: int) -> None:
+def test_keys_that_do_not_fit_into_registers(group: int, rule: str) -> None:
     case = Case(
         **RUNS,
+        group_rule=rule,
         completion="paged",
         seq_lens=(1200,),
         heads=1,
