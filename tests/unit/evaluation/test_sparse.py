@@ -83,10 +83,11 @@ def test_window_is_decode_sparse_at_every_position(selection: str, completion: s
             assert torch.allclose(output, expected, atol=2e-3)
 
 
+@pytest.mark.parametrize(("selection", "rule"), [("box", "mean"), ("moba", "share")])
 @pytest.mark.parametrize("budget", [0.4, 0.9])
-def test_a_share_as_budget_mixes_sparse_and_dense_positions(budget: float) -> None:
+def test_a_share_as_budget_mixes_sparse_and_dense_positions(budget: float, selection: str, rule: str) -> None:
     shape = geometry(budget=budget, dense_threshold=60)
-    setting = Setting(shape, make_policy("box"), "mean", make_completion("linear"), 8)
+    setting = Setting(shape, make_policy(selection), rule, make_completion("linear"), 8)
     query, keys, values = tensors()
     window = sparse_window(query, keys, values, setting)
     expected = decode(query[0], keys[0], values[0], setting)
