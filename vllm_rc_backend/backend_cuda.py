@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,7 @@ from vllm_rc_backend.layer import (
     sparse_layers,
 )
 from vllm_rc_backend.observability.device import DeviceMeter
+from vllm_rc_backend.side_store import SideStore
 
 logger = logging.getLogger("vllm.rc_topk")
 
@@ -115,9 +117,9 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         first = next(iter(layers.values()))
         assert first.store is not None
         if first.store.layout.slots:
-            with kept_in_sleep(vllm_config):
-                tags = make_tags(first.store)
-                self.planner = SummaryPlanner(first.store.layout.geometry, tags, max_rows(vllm_config))
+            self.planner = kept_in_sleep(
+                vllm_config, partial(make_planner, first.store, max_rows(vllm_config))
+            )
         workspace = first.attention.workspace
         if first.config.kv_residency == "host":
             self.pages = keep_pages(vllm_config, layers)
@@ -174,6 +176,11 @@ def _from_row(common: CommonAttentionMetadata, row: int, token: int) -> CommonAt
         block_table_tensor=common.block_table_tensor[row:],
         slot_mapping=common.slot_mapping[token:],
     )
+
+
+def make_planner(store: SideStore, rows: int) -> SummaryPlanner:
+    """The planner of a KV-cache group, from the store of any of its layers."""
+    return SummaryPlanner(store.layout.geometry, make_tags(store), rows)
 
 
 def max_rows(vllm_config: Any) -> int:
@@ -285,8 +292,8 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
         first = not self.sparse_layer.reserved
         super().process_weights_after_loading(act_dtype)
         if first:
-            with kept_in_sleep(self.sparse_layer.vllm_config):
-                reserve_workspaces(self.sparse_layer.vllm_config)
+            config = self.sparse_layer.vllm_config
+            kept_in_sleep(config, partial(reserve_workspaces, config))
 
     def forward(
         self,

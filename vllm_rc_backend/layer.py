@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -27,6 +28,8 @@ from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
 logger = logging.getLogger("vllm.rc_topk")
+
+T = TypeVar("T")
 
 SLACK_SLOTS = 8
 """Spare summary slots, for sequences that share a prefix and part."""
@@ -308,10 +311,13 @@ def reserve(vllm_config: Any) -> None:
     side_block_bytes = sum(layout.block_bytes for layout in layouts.values())
     blocks = compat.pool_blocks_bound(vllm_config, side_block_bytes, *_taken_and_total(vllm_config))
     slots = _slots(vllm_config, next(iter(layouts.values())), blocks * block_size)
-    with kept_in_sleep(vllm_config):
+
+    def allocate() -> None:
         for name, layer in layers.items():
             layout = replace(layouts[name], slots=slots)
             layer.store = SideStore(layout, blocks * layout.geometry.pages_per_block, device)
+
+    kept_in_sleep(vllm_config, allocate)
     _report(vllm_config, layers, blocks)
     counters = meter.get()
     counters.interval = next(iter(layers.values())).config.log_interval
@@ -379,8 +385,8 @@ def bind(vllm_config: Any, layer_names: Iterable[str], block_size: int) -> dict[
                 pages,
                 layer.store.pages,
             )
-            with kept_in_sleep(vllm_config):
-                layer.store = SideStore(layout, pages, layer.store.codes.device)
+            device = layer.store.codes.device
+            layer.store = kept_in_sleep(vllm_config, partial(SideStore, layout, pages, device))
         layer.store.layout = layout
     return layers
 
@@ -390,15 +396,24 @@ def make_tags(store: SideStore) -> SummaryTags:
     return SummaryTags.empty(store.layout.slots, store.pages, store.codes.device)
 
 
-def kept_in_sleep(vllm_config: Any) -> AbstractContextManager[None]:
-    """Where the plugin allocates what lives longer than a step: memory that stays when vLLM's sleep mode frees its own.
+def kept_in_sleep(vllm_config: Any, allocate: Callable[[], T]) -> T:
+    """Allocate what lives longer than a step in memory that stays when vLLM's sleep mode frees its own.
 
     vLLM loads weights and plans its KV cache inside pools that it empties in sleep; at level 2, and in vLLM 0.26 at
-    level 1, their contents are lost, and nothing tells a backend. Tags and counters of arrivals must not be.
+    level 1, their contents are lost, and nothing tells a backend. Tags and counters of arrivals must not be. A pool
+    takes what the thread that opened it allocates, so another thread does this. (A pool of our own inside vLLM's would
+    have to outlive it: torch aborts when a pool is dropped while another one is open.)
     """
     if not vllm_config.model_config.enable_cumem_allocator:
-        return nullcontext()
-    return torch.cuda.use_mem_pool(torch.cuda.MemPool())
+        return allocate()
+    device = torch.cuda.current_device()
+
+    def on_device() -> T:
+        torch.cuda.set_device(device)
+        return allocate()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_device).result()
 
 
 def _device(vllm_config: Any) -> torch.device:

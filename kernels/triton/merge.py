@@ -51,11 +51,16 @@ def merge_columns(
     # .cg everywhere: written by other programs of this launch, so the first-level cache may not answer.
     if S.completion != "none":
         # All is asked for before anything is added up: each answer is a trip to the second-level cache.
-        # What is read of a row without a summary is not used.
-        rows = tl.load(partial_out + attenders * R * D + tile_at, mask=kept, other=0.0, cache_modifier=".cg")
+        summed = tl.where(counted, slot, -1) >= 0
+        rows = tl.load(
+            partial_out + attenders * R * D + tile_at,
+            mask=kept & summed[:, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         q_K1 = tl.load(
             partial_stats + attenders * PARTIAL_STATS * R + heads,
-            mask=counted,
+            mask=summed,
             other=0.0,
             cache_modifier=".cg",
         )
@@ -63,11 +68,11 @@ def merge_columns(
     if S.completion == "paged":
         damping = tl.load(
             partial_stats + (attenders * PARTIAL_STATS + 1) * R + heads,
-            mask=counted,
+            mask=summed,
             other=0.0,
             cache_modifier=".cg",
         )
-        scored_m, scored = scored_masses(masses, scorers, S, MASSES, R)
+        scored_m, scored = scored_masses(masses, tl.where(slot >= 0, scorers, 0), S, MASSES, R)
     m = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
     scores_sum = tl.zeros([R], tl.float32)

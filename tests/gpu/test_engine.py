@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from vllm_rc_backend.attention_triton import COUNTERS
+from vllm_rc_backend.evaluation.kernel_check import assert_same_scales
 from vllm_rc_backend.evaluation.llama import Llama
 from vllm_rc_backend.evaluation.tasks import make_prompts
 from vllm_rc_backend.evaluation.text import Corpus
@@ -94,7 +95,10 @@ class Audit:
         assert differ.max() <= (0.02 if codes.dtype == torch.uint8 else 0), differ
         self.differing += float(differ.sum())
         if scales is not None:
-            assert torch.allclose(store.scales[ids].float(), scales.float(), rtol=2e-3)
+            if codes.dtype == torch.uint8:
+                assert_same_scales((store.codes[ids], store.scales[ids]), (codes, scales))
+            else:
+                assert torch.allclose(store.scales[ids].float(), scales.float(), rtol=2e-3)
         self.pages += len(ids)
         for planner in (b.planner for b in builders(self.llm) if b.planner is not None):
             for m in range(geometry.sink_pages + 1, len(finished) + 1):
