@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-deploy test-engine test-models test-ray test-compat test-gpu soak format lint types docs docs-check clean
+.PHONY: help venv demo test test-unit test-deploy test-engine test-models test-ray test-compat test-gpu sanitize soak format lint types docs docs-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ test-compat: venv ## registration, configuration and planning against every supp
 
 test-gpu: ## kernels on this machine's GPU, with the Python that has torch and CUDA (PYTHON=...); skipped without
 	$(PYTHON) -m pytest tests/gpu
+
+sanitize: ## each kernel under compute-sanitizer: memcheck, initcheck, racecheck (PYTHON=...; docs/performance.md says what to expect)
+	$(foreach tool,memcheck initcheck racecheck,PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		compute-sanitizer --tool $(tool) --error-exitcode 1 $(PYTHON) -m pytest tests/gpu/test_sanitizers.py &&) true
 
 soak: venv ## 64 clients of every kind against vllm serve on the CPU for ten minutes (MINUTES=...): errors, memory, answers
 	@$(BIN)/python -m tools.soak --minutes $(or $(MINUTES),10)

@@ -428,6 +428,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=float, default=2048, help="tokens, or a share of the context below 1"
     )
     parser.add_argument(
+        "--dense-threshold", type=int, default=RCTopKConfig.dense_threshold, help="as the option of that name"
+    )
+    parser.add_argument(
         "--statistics-bits", type=int, choices=(2, 8, 16), help="default: those of the selection policy"
     )
     parser.add_argument("--selection", choices=tuple(POLICY_QUERY_MAPS), default=RCTopKConfig.selection)
@@ -479,6 +482,7 @@ def main(argv: list[str] | None = None) -> int:
         sink_tokens=-(-RCTopKConfig.sink_tokens // options.page_size) * options.page_size,
         tail_tokens=RCTopKConfig.tail_tokens,
         budget=options.budget,
+        dense_threshold=options.dense_threshold,
         statistics_bits=options.statistics_bits or POLICIES[options.selection].statistics_bits[0],
         selection=options.selection,
         group_rule=options.group_rule,
@@ -522,6 +526,7 @@ def main(argv: list[str] | None = None) -> int:
         "copy_gb_per_s": round(bandwidth / 1e9),
         "shape": f"{options.query_heads} query heads, {case.heads} KV heads, head size {case.head_size}, bfloat16, "
         f"pages of {case.page_size}, {options.layout}, budget {case.budget:g}, "
+        f"dense up to {case.dense_threshold} tokens, "
         f"sink {case.sink_tokens}, tail {case.tail_tokens}, {case.selection}, group rule {case.group_rule}, "
         f"{maps}{case.completion}, {case.statistics_bits}-bit statistics",
     }

@@ -312,7 +312,10 @@ class Runner:
             assert self.store.scales is not None
             assert self.twin.scales is not None
             written = self.twin.scales > 0
-            assert_same_scales(*((s.codes[written], s.scales[written]) for s in stores))
+            assert_same_scales(
+                (self.store.codes[written], self.store.scales[written]),
+                (self.twin.codes[written], self.twin.scales[written]),
+            )
             differ = (self.store.codes != self.twin.codes).float().mean()
             assert differ < 1e-3, f"page statistics differ in {differ:.2e} of their bytes"
             return
