@@ -288,7 +288,8 @@ class Runner:
         return max(errors)
 
     def compare_counters(self) -> None:
-        """Hold the device counters to what the steps so far must have added."""
+        """Hold the device counters to what the steps so far must have added, and those of arrivals to zero."""
+        assert not self.workspace.arrivals.any(), "counters of arrivals are not zero between launches"
         counted = dict(zip(COUNTERS, self.workspace.counters.tolist(), strict=True))
         assert 0 <= counted.pop("residual_share_millionths") <= 1_000_000 * counted["sparse_rows"]
         expected = {name: value for name, value in self.expected_counts.items() if name in counted}
