@@ -6,13 +6,18 @@ Four models end up below --output, the later two from the first:
 
     dense        a Llama of the example model's shape
     memory       the same with a decaying memory over keys and values: same data, tokens and seed
-    converted    dense with the memory added, its gates almost closed, trained on for a short time
+    converted    dense with the memory added, its gates partly open, trained on for a short time
     continued    dense trained on for as long, on the same data: what converted is compared with
 
-Data and recipe are the example model's (train_example_model.py), with the needles of vllm_rc_backend.evaluation.needles
-as the only synthetic tasks beside copying. After --minutes the state is saved; the same command goes on from there.
-Every batch is a function of the seed and the step alone, so an interrupted run sees the data of an uninterrupted one.
-With several GPUs, --only lets one command train dense and another memory; the other two begin as dense.
+The first two are trained in two stages; what the first stage leaves is in first/dense and first/memory. Data and recipe
+of the first are the example model's (train_example_model.py), with the needles of vllm_rc_backend.evaluation.needles as
+the only synthetic tasks beside copying. It leaves several values of one key in the order of their needles unlearned:
+all that is unknown there is the first digit of each, a few tokens of thousands. The second stage, and what follows it,
+asks for more of that, of several keys at a time, and begins with short contexts.
+
+After --minutes the state is saved; the same command goes on from there. Every batch is a function of the seed and the
+step alone, so an interrupted run sees the data of an uninterrupted one. With several GPUs, --only lets one command
+train dense and another memory; each model needs the one that it begins as.
 """
 
 from __future__ import annotations
@@ -37,10 +42,15 @@ from vllm_rc_backend.evaluation.needles import NEEDLES, NOISE, identifier
 from vllm_rc_backend.evaluation.text import HELD_OUT_PACKAGES
 
 COPIES = 0.06  # share of the synthetic sequences
-CLOSED = -4.0  # logit of a converted model's gates at first: they keep 1.8 % of the past
-CONVERSION = 0.1  # of the steps
-CONVERSION_RATE = 0.3  # of the learning rate
-MODELS = ("dense", "memory", "converted", "continued")
+FOCUS = {"multi_value": 0.5, "multi_key_3": 0.2}  # shares of the needle tasks from the second stage on
+SECOND_STAGE = 0.3  # of the steps
+SECOND_RATE = 0.5  # of the learning rate
+CONVERSION = 0.15  # of the steps
+CONVERSION_RATE = 0.5  # of the learning rate
+GATES = (-4.0, 0.0)
+"""Logits of a converted model's gates at first, from the pair of channels that RoPE turns fastest to the slowest: what
+tells neighbours apart keeps 2 % of the past, so that it still does, and what tells contents apart half of it."""
+MODELS = ("first/dense", "first/memory", "dense", "memory", "converted", "continued")
 
 
 class Block(nn.Module):
@@ -152,7 +162,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class NeedleSequences(Sequences):
-    """Half Python source; of the rest, copies and the eight needle tasks in equal shares."""
+    """Half Python source; of the rest, copies and the eight needle tasks in equal shares, or with a focus."""
+
+    def __init__(self, tokenizer: Tokenizer, corpus: Corpus, seed: int, focused: bool = False) -> None:
+        super().__init__(tokenizer, corpus, seed)
+        rest = (1 - sum(FOCUS.values())) / (len(NEEDLES) - len(FOCUS))
+        self.focused = focused
+        self.shares = [FOCUS.get(kind, rest) if focused else 1.0 for kind in NEEDLES]
 
     def sequence(self, length: int) -> tuple[Any, Any]:
         """One sequence of exactly ``length`` tokens: ids and loss weights."""
@@ -161,19 +177,21 @@ class NeedleSequences(Sequences):
         if self.rng.random() < COPIES:
             half = self.weighted(self.corpus.lines_of(length // 2, self.rng))
             return self.finished(half + half, length)
-        return self.finished(self.needle_task(self.rng.choice(list(NEEDLES)), length), length)
+        (kind,) = self.rng.choices(list(NEEDLES), self.shares)
+        return self.finished(self.needle_task(kind, length), length)
 
     def needle_task(self, kind: str, length: int) -> list[Any]:
-        """Parts of a sequence, as the evaluation's task of that name is built."""
+        """Parts of a sequence, as the evaluation's task of that name is built; in focus, with more questions."""
+        asked = max(min(length // 512, 4), 1) if self.focused and kind in FOCUS else 1
         tasks, coded = self.tasks, functools.partial(identifier, self.rng)
         if kind in ("multi_key_2", "multi_key_3"):
             coding = {"new_key": coded, "new_value": coded} if kind == "multi_key_3" else {}
             a_line = len(self.encode(tasks.strewn_needles(1, 1, 1, **coding)[0][0])[0])
-            made = tasks.strewn_needles(max(int(0.85 * length / a_line) - 4, 2), 1, 1, **coding)
+            made = tasks.strewn_needles(max(int(0.85 * length / a_line) - 4 * asked, 2), asked, 1, **coding)
         else:
             many = max(length // 512, 4)
             count = {"multi_key_1": 4, "multi_query": many, "multi_value": many}.get(kind, 1)
-            questions, values = (4 if kind == name else 1 for name in ("multi_query", "multi_value"))
+            questions, values = 4 if kind == "multi_query" else asked, 4 if kind == "multi_value" else 1
             other = {"new_value": coded} if kind == "single_3" else {}
             made = tasks.strewn_needles(count, questions, values, **other)
         inserts, question = [self.encode(piece) for piece in made[0]], self.encode(made[1])
@@ -202,11 +220,12 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Run(NamedTuple):
-    """One of the four trainings.
+    """One of the six trainings.
 
     Attributes:
         start: the model it goes on from, None for a new one.
         first: the first step of its data, so that going on does not see the data again.
+        focused: whether its needle tasks have the shares of FOCUS.
         contexts, rates: context length and learning-rate factor of every step.
     """
 
@@ -214,24 +233,40 @@ class Run(NamedTuple):
     memory: bool
     start: str | None
     first: int
+    focused: bool
     contexts: list[int]
     rates: list[float]
 
 
 def plan(steps: int, longest: int) -> list[Run]:
-    """All four."""
-    contexts = [min(context, longest) for context, share in STAGES for _ in range(round(share * steps))]
+    """All six; the first stage of dense and of memory has so many steps."""
+    lengths = [min(context, longest) for context, _ in STAGES]
+    contexts = [
+        context
+        for context, (_, share) in zip(lengths, STAGES, strict=True)
+        for _ in range(round(share * steps))
+    ]
     contexts = (contexts + contexts[-1:] * steps)[:steps]
     rates = [min(1.0, (steps - step) / (DECAY * steps)) for step in range(steps)]
-    more = max(int(CONVERSION * steps), 1)
-    # The three lengths in turn: a converted model must not forget the short ones.
-    mixed = [min(STAGES[step % len(STAGES)][0], longest) for step in range(more)]
-    falling = [CONVERSION_RATE * (1 - step / more) for step in range(more)]
+
+    def lengths_in_turn(count: int) -> list[int]:
+        return [lengths[step % len(lengths)] for step in range(count)]
+
+    def falling(rate: float, count: int) -> list[float]:
+        return [rate * (1 - step / count) for step in range(count)]
+
+    second, conversion = (max(int(share * steps), 2) for share in (SECOND_STAGE, CONVERSION))
+    # What is new is learned on short contexts; then all in turn, so that none is forgotten.
+    short = second // 2
+    learned = (lengths[:1] * short + lengths_in_turn(second - short), falling(SECOND_RATE, second))
+    converted = (lengths_in_turn(conversion), falling(CONVERSION_RATE, conversion))
     return [
-        Run("dense", False, None, 0, contexts, rates),
-        Run("memory", True, None, 0, contexts, rates),
-        Run("converted", True, "dense", steps, mixed, falling),
-        Run("continued", False, "dense", steps, mixed, falling),
+        Run("first/dense", False, None, 0, False, contexts, rates),
+        Run("first/memory", True, None, 0, False, contexts, rates),
+        Run("dense", False, "first/dense", steps, True, *learned),
+        Run("memory", True, "first/memory", steps, True, *learned),
+        Run("converted", True, "dense", steps + second, True, *converted),
+        Run("continued", False, "dense", steps + second, True, *converted),
     ]
 
 
@@ -308,7 +343,7 @@ def save(model: Model, folder: Path) -> None:
 
 
 def begin(run: Run, config: dict[str, Any], output: Path, seed: int) -> Model:
-    """The model before its first step; a memory that is added has gates that are almost closed."""
+    """The model before its first step; the gates of a memory that is added are the same for every token."""
     from safetensors.torch import load_file
 
     torch.manual_seed(seed)
@@ -316,9 +351,10 @@ def begin(run: Run, config: dict[str, Any], output: Path, seed: int) -> Model:
     if run.start is not None:
         weights = load_file(output / run.start / "model.safetensors")
         added = model.load_state_dict(weights, strict=False).missing_keys
+        spread = torch.linspace(*GATES, config["head_dim"] // 2).repeat(2 * config["num_key_value_heads"])
         for name in added:
             with torch.no_grad():
-                model.get_parameter(name).fill_(CLOSED if name.endswith("bias") else 0.0)
+                model.get_parameter(name).copy_(spread if name.endswith("bias") else torch.zeros(()))
     return model
 
 
@@ -329,7 +365,7 @@ def main(arguments: list[str] | None = None) -> bool:
     parser.add_argument("--source", type=Path, required=True, help="folder with Python files to learn from")
     parser.add_argument("--output", type=Path, required=True, help="folder of the models")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many (default: at the end)")
-    parser.add_argument("--steps", type=int, default=4400, help="of dense and memory (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4400, help="of the first stage (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=131_072, help="(default: %(default)s)")
     parser.add_argument(
         "--longest", type=int, default=16384, help="cut contexts to this (default: %(default)s)"
@@ -337,9 +373,7 @@ def main(arguments: list[str] | None = None) -> bool:
     parser.add_argument(
         "--workers", type=int, default=14, help="processes that make batches (default: %(default)s)"
     )
-    parser.add_argument(
-        "--only", nargs="+", choices=MODELS, default=MODELS, help="of the four (default: all)"
-    )
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="of the six (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
@@ -356,8 +390,8 @@ def main(arguments: list[str] | None = None) -> bool:
         print("all models are there")
         return True
     tokenizer = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
-    sequences = NeedleSequences(tokenizer, Corpus(tokenizer, options.source, HELD_OUT_PACKAGES), options.seed)
-    print(f"{len(sequences.corpus.tokens):,} tokens of source", flush=True)
+    corpus = Corpus(tokenizer, options.source, HELD_OUT_PACKAGES)
+    print(f"{len(corpus.tokens):,} tokens of source", flush=True)
     config = json.loads((EXAMPLE / "config.json").read_text())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for run in todo:
@@ -365,6 +399,7 @@ def main(arguments: list[str] | None = None) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         model = begin(run, config, options.output, options.seed).to(device)
         contexts = [0] * run.first + run.contexts
+        sequences = NeedleSequences(tokenizer, corpus, options.seed, run.focused)
         dataset = Batches(sequences, options.seed, contexts, options.batch_tokens)
         started = time.monotonic()
         if not train(run, model, dataset, options.workers, folder / "state.pt", deadline):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -46,15 +49,18 @@ def trained(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def sequences(script: ModuleType) -> object:
+def sequences(script: ModuleType, focused: bool = False) -> object:
     tokenizer = script.Tokenizer.from_file(str(script.EXAMPLE / "tokenizer.json"))
-    return script.NeedleSequences(tokenizer, script.Corpus(tokenizer, ROOT / "tests" / "unit"), 0)
+    return script.NeedleSequences(tokenizer, script.Corpus(tokenizer, ROOT / "tests" / "unit"), 0, focused)
 
 
 @pytest.mark.parametrize("kind", sorted(NEEDLES))
 @pytest.mark.parametrize("length", [513, 2049])
-def test_every_needle_task_fits_and_ends_with_its_answer(script: ModuleType, kind: str, length: int) -> None:
-    made = sequences(script)
+@pytest.mark.parametrize("focused", [False, True])
+def test_every_needle_task_fits_and_ends_with_its_answer(
+    script: ModuleType, kind: str, length: int, focused: bool
+) -> None:
+    made = sequences(script, focused)
     for _ in range(3):
         ids, weights = made.finished(made.needle_task(kind, length), length)
         assert len(ids) == len(weights) == length
@@ -67,6 +73,29 @@ def test_every_needle_task_fits_and_ends_with_its_answer(script: ModuleType, kin
             assert f"# The magic number for {key} is {part}.\n" in question
 
 
+def test_the_second_stage_asks_for_four_keys_and_for_their_values_in_order(script: ModuleType) -> None:
+    made = sequences(script, focused=True)
+    ids, weights = made.finished(made.needle_task("multi_value", 2049), 2049)
+    text = made.tokenizer.decode(ids.tolist())
+    asked = re.findall(r"# What is the magic number for (.*)\? (.*)\n", text)
+    assert len({key for key, _ in asked}) == 4
+    for key, answer in asked:
+        assert re.findall(rf"# The magic number for {key} is (\d+)\.\n", text) == answer.split()
+        assert len(answer.split()) == 4
+    assert (weights == 4.0).sum() == 4 * 25, "four answers of four numbers and a line's end"
+
+
+def test_the_second_stage_has_the_shares_of_its_focus(script: ModuleType) -> None:
+    made, drawn = sequences(script, focused=True), Counter()
+    made.needle_task = lambda kind, length: drawn.update([kind]) or []
+    for _ in range(8000):
+        made.sequence(129)
+    shares = {kind: drawn[kind] / drawn.total() for kind in NEEDLES}
+    assert abs(shares["multi_value"] - 0.5) < 0.03
+    assert abs(shares["multi_key_3"] - 0.2) < 0.03
+    assert all(abs(shares[kind] - 0.05) < 0.02 for kind in {*NEEDLES} - {"multi_value", "multi_key_3"})
+
+
 def test_a_batch_is_a_function_of_seed_and_step(script: ModuleType) -> None:
     made = [script.Batches(sequences(script), seed, [64, 128], 256) for seed in (0, 0, 1)]
     made[0][0]
@@ -76,11 +105,14 @@ def test_a_batch_is_a_function_of_seed_and_step(script: ModuleType) -> None:
 
 
 def test_the_pair_sees_the_same_data_at_the_same_rates(script: ModuleType) -> None:
-    dense, memory, converted, continued = script.plan(4400, 16384)
-    assert dense[2:] == memory[2:]
+    *stages, converted, continued = script.plan(4400, 16384)
+    for dense, memory in (stages[:2], stages[2:]):
+        assert dense[3:] == memory[3:]
+        assert len(dense.contexts) == len(dense.rates)
     assert converted[2:] == continued[2:]
-    assert len(dense.contexts) == len(dense.rates) == 4400
-    assert converted.first == 4400, "new data"
+    first, second = stages[0], stages[2]
+    assert len(first.contexts) == second.first == 4400, "new data"
+    assert converted.first == second.first + len(second.contexts), "new data again"
 
 
 def test_all_four_load_and_predict_as_in_training(script: ModuleType, trained: Path) -> None:
@@ -96,6 +128,20 @@ def test_all_four_load_and_predict_as_in_training(script: ModuleType, trained: P
         with torch.no_grad():
             logits = taught(tokens[:, :-1]) @ taught.model["embed_tokens"].weight.T
         assert torch.allclose(found, logits[:, 20:].log_softmax(-1), atol=1e-3)
+
+
+def test_an_added_memory_keeps_least_where_rope_turns_fastest(script: ModuleType, trained: Path) -> None:
+    converted = script.plan(10, 128)[4]
+    model = script.begin(converted, json.loads((script.EXAMPLE / "config.json").read_text()), trained, 0)
+    for layer in model.model["layers"]:
+        gate = layer.self_attn["memory_gate"]
+        kept = gate(torch.randn(3, 256)).sigmoid()
+        assert (kept == kept[0]).all(), "of every token the same"
+        pairs = kept[0].view(2, 2, 32)  # heads, halves that RoPE rotates into one another
+        assert (pairs == pairs[0, 0]).all()
+        assert (pairs.diff(dim=-1) > 0).all()
+        assert 0.017 < pairs.min() < 0.02
+        assert pairs.max() == 0.5
 
 
 def test_training_moves_the_gates(trained: Path) -> None:
@@ -117,7 +163,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
         calls += 1
         assert calls < 30
     assert calls > 10, "every call with no time left takes one step"
-    for name in ("dense", "converted"):
+    for name in ("memory", "converted"):
         got, expected = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, trained))
         assert got.keys() == expected.keys()
         for key, weight in expected.items():
