@@ -46,7 +46,7 @@ FOCUS = {"multi_value": 0.5, "multi_key_3": 0.2}  # shares of the needle tasks f
 SECOND_STAGE = 0.3  # of the steps
 SECOND_RATE = 0.5  # of the learning rate
 CONVERSION = 0.15  # of the steps
-CONVERSION_RATE = 0.5  # of the learning rate
+CONVERSION_RATE = 1.0  # of the learning rate
 GATES = (-4.0, 0.0)
 """Logits of a converted model's gates at first, from the pair of channels that RoPE turns fastest to the slowest: what
 tells neighbours apart keeps 2 % of the past, so that it still does, and what tells contents apart half of it."""
@@ -187,7 +187,7 @@ class NeedleSequences(Sequences):
         if kind in ("multi_key_2", "multi_key_3"):
             coding = {"new_key": coded, "new_value": coded} if kind == "multi_key_3" else {}
             a_line = len(self.encode(tasks.strewn_needles(1, 1, 1, **coding)[0][0])[0])
-            made = tasks.strewn_needles(max(int(0.85 * length / a_line) - 4 * asked, 2), asked, 1, **coding)
+            made = tasks.strewn_needles(max(int(0.85 * length / a_line) - 3 - asked, 2), asked, 1, **coding)
         else:
             many = max(length // 512, 4)
             count = {"multi_key_1": 4, "multi_query": many, "multi_value": many}.get(kind, 1)
