@@ -19,6 +19,7 @@ from vllm_rc_backend.host_kv.page_cache import LayerPages
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.select import check_group_rule
 from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
+from vllm_rc_backend.kernels.triton.absorb import absorb_kernel
 from vllm_rc_backend.kernels.triton.decode import decode_kernel
 from vllm_rc_backend.kernels.triton.features import features_kernel
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED
@@ -44,8 +45,8 @@ COUNTERS = (
 )
 """What the kernels add to ``Workspace.counters``, once per decode row and layer: rows by kind (of the sparse ones, how
 many had no summary), tokens in their contexts, tokens whose K and V one KV head read exactly, pages whose statistics it
-read, the residual's share of the softmax mass (of KV head 0, in millionths), and summaries that were summed up from all
-pages of a mid region instead of advanced."""
+read, the residual's share of the softmax mass (of KV head 0, in millionths), and summaries that a decode summed up from
+all pages of a mid region because none was there to go on from."""
 
 GROUP_RULES = ("max", "mean", "sum", "share")
 COMPLETIONS = ("linear", "paged", "features", "none")
@@ -142,6 +143,9 @@ class Tuning:
     merge_columns: int = 256  # of a head, that a program merges at a time
     joint_columns: int = 16
     update_columns: int = 32
+    absorb_programs: int = 2  # per multiprocessor
+    absorb_elements: int = 8192  # of a summary, that a program sums up
+    absorb_tokens: int = 512  # that it sums up at least
     overlap: bool = True  # programmatic dependent launch, where the GPU has it
 
 
@@ -226,6 +230,14 @@ class Workspace:
         self.partial_out = empty(most_partials, shape.merge_rows, shape.block_d, dtype=torch.float32)
         self.counts = empty(most_splits, shape.features, dtype=torch.float32)
         self.partial_stats = empty(most_partials, PARTIAL_STATS.value, shape.merge_rows, dtype=torch.float32)
+        sharing = [rows for rows in every if shape.completion != "none" and self.absorbers(rows) > 1]
+        most_sums = max((rows * self.absorbers(rows) for rows in sharing), default=0)
+        vector = shape.block_f if shape.features else 2 * self.absorb_columns
+        self.sums = empty(
+            most_sums * heads * self.absorb_tiles,
+            shape.sum_rows * self.absorb_columns + vector,
+            dtype=torch.float32,
+        )
         self.arrivals = torch.zeros(3, max_rows, heads, ARRIVAL.value, dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
         self.rotation = rotation_matrix(shape.head_size, device) if shape.query_map == "runs" else None
@@ -279,6 +291,31 @@ class Workspace:
             return max(1, min(self.room // lanes, tuning.most_splits))
         return max(1, min(-(-self.processors * tuning.decode_programs // lanes), tuning.most_splits))
 
+    @property
+    def absorb_columns(self) -> int:
+        """Columns of a summary that a program sums up in a prefill."""
+        return min(self.shape.block_d, self.tuning.absorb_elements // self.shape.sum_rows)
+
+    @property
+    def absorb_tiles(self) -> int:
+        """Programs that share out the columns of a summary in a prefill."""
+        return -(-self.shape.head_size // self.absorb_columns)
+
+    def absorbers(self, rows: int) -> int:
+        """Programs among which the pages of a (row, head, column tile) are shared out in a prefill."""
+        lanes = rows * self.shape.heads * self.absorb_tiles
+        return max(1, self.processors * self.tuning.absorb_programs // lanes)
+
+    @property
+    def absorb_tile(self) -> int:
+        """Tokens whose K and V a program adds to a summary at a time in a prefill."""
+        return max(16, self.features_tile // 2) if self.shape.features else self.update_tile
+
+    @property
+    def update_tile(self) -> int:
+        """The same in a decode, where columns are fewer."""
+        return self.features_tile if self.shape.features else 32 if self.shape.block_d > 128 else 64
+
     def merge_tile(self, rows: int) -> tuple[int, int]:
         """Partial results, and columns of them, that a program merges at a time."""
         shape, tuning, attenders = self.shape, self.tuning, self.attenders(rows)
@@ -301,7 +338,7 @@ class SummaryPlanner:
         self.geometry = geometry
         self.tags = tags
         self.max_rows = max_rows
-        self.scratch = torch.empty(2, len(tags.slot_page), dtype=torch.int32, device=device)
+        self.scratch = torch.empty(3, len(tags.slot_page), dtype=torch.int32, device=device)
         self.columns = torch.zeros(4, max_rows, dtype=torch.int32, device=device)
         self.columns[0] = -1
 
@@ -319,7 +356,7 @@ class SummaryPlanner:
             query_start: int32 ``[rows + 1]``, where each row's new tokens start.
         """
         rows, tags = len(seq_lens), self.tags
-        users, free = self.scratch
+        decodes, prefills, free = self.scratch
         plan = self.current
         plan_kernel[(1,)](
             tags.slot_page,
@@ -332,14 +369,15 @@ class SummaryPlanner:
             plan.source,
             plan.first,
             plan.last,
-            users,
+            decodes,
+            prefills,
             free,
             rows,
-            len(users),
+            len(free),
             block_table.stride(0),
             g=self.geometry,
             ROWS=next_power_of_2(self.max_rows),
-            SLOTS=next_power_of_2(len(users)),
+            SLOTS=next_power_of_2(len(free)),
             num_warps=4,
         )
         return plan
@@ -379,9 +417,15 @@ class TritonAttention:
             self.maps = tuple(x.contiguous() for x in maps)
 
     def update_prefill(
-        self, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, query_start: Tensor, max_query_len: int
+        self,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        max_query_len: int,
+        plan: SummaryPlan | None,
     ) -> None:
-        """Statistics of all pages that this step finished.
+        """Statistics of all pages that this step finished, and the summaries' part of the plan.
 
         Args:
             kv_cache: ``[blocks, heads, block_size, 2 * head_size]``, any strides, this step's tokens written.
@@ -389,6 +433,7 @@ class TritonAttention:
             seq_lens: int32 ``[rows]``.
             query_start: int32 ``[rows + 1]``.
             max_query_len: an upper bound of the new tokens of a row.
+            plan: of these rows, from ``SummaryPlanner.plan``; None without a completion.
         """
         kv = self._cache(kv_cache)
         pages = -(-max_query_len // self.shape.geometry.page_size)
@@ -405,6 +450,33 @@ class TritonAttention:
             block_table.stride(0),
             S=self.shape,
             num_warps=4 if self.shape.query_map == "runs" else 1,
+        )
+        if plan is not None:
+            self.absorb(kv, block_table, plan)
+
+    def absorb(self, kv: Tensor, block_table: Tensor, plan: SummaryPlan) -> None:
+        """Add each row's pages to its summary: many pages of few rows, unlike ``update``."""
+        shape, work, rows = self.shape, self.workspace, len(block_table)
+        absorb_kernel[(work.absorb_tiles * work.absorbers(rows), shape.heads, rows)](
+            kv,
+            block_table,
+            self.store.states,
+            plan.slot,
+            plan.source,
+            plan.first,
+            plan.last,
+            work.sums,
+            work.arrivals[0],
+            *self.maps[:2],
+            self.key_scale,
+            self.value_scale,
+            *kv.stride()[:3],
+            block_table.stride(0),
+            S=shape,
+            COLS=work.absorb_columns,
+            TILE=work.absorb_tile,
+            LEAST=max(1, work.tuning.absorb_tokens // shape.geometry.page_size),
+            num_warps=4,
         )
 
     def decode(
@@ -423,7 +495,7 @@ class TritonAttention:
             kv_cache: see ``update_prefill``.
             block_table: int32 ``[rows, max_blocks]``.
             seq_lens: int32 ``[rows]``, this step's token included; 0 in padding rows.
-            plan: from ``SummaryPlanner.plan``; None without a completion.
+            plan: of these rows and maybe more, from ``SummaryPlanner.plan``; None without a completion.
             out: ``[rows, heads * group, head_size]``; zeros are written to padding rows.
         """
         kv = self._cache(kv_cache)
@@ -467,7 +539,7 @@ class TritonAttention:
             block_table.stride(0),
             S=shape,
             COLS=columns,
-            TILE=self.workspace.features_tile if shape.features else 32 if shape.block_d > 128 else 64,
+            TILE=self.workspace.update_tile,
             OVERLAP=self.workspace.overlap,
             num_warps=4,
         )

@@ -74,7 +74,7 @@ class RCTopKCUDAMetadata:
         num_decodes: decode rows, padding of a captured batch included.
         block_table, seq_lens, query_start_loc: of all rows.
         max_query_len: an upper bound of the new tokens of a row.
-        plan: summaries of the decode rows; None without a completion.
+        plan: summaries of all rows; None without a completion.
         longest_context: with the KV pages in host memory, an upper bound of the tokens that prefill rows had before.
     """
 
@@ -268,7 +268,7 @@ def _left_on_device(vllm_config: Any, device: torch.device) -> int:
 
 
 def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
-    """Compile the prefill's kernel now: capturing the decode graphs compiles the others, this one would be compiled in
+    """Compile the prefill's kernels now: capturing the decode graphs compiles the others, these would be compiled in
     the middle of the first request."""
     assert layer.store is not None
     layout, device = layer.store.layout, layer.store.codes.device
@@ -279,7 +279,8 @@ def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
     )
     for cache in (kv_cache, kv_cache.contiguous()):  # both orders that vLLM keeps blocks in
         zeros = torch.zeros(16, dtype=torch.int32, device=device)
-        layer.attention.update_prefill(cache, zeros.view(1, 16), zeros[:1], zeros[:2], size)
+        plan = SummaryPlan(zeros[:1] - 1, *(zeros[:1],) * 3) if layout.slots else None
+        layer.attention.update_prefill(cache, zeros.view(1, 16), zeros[:1], zeros[:2], size, plan)
 
 
 class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
@@ -329,10 +330,11 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
                 output[:decodes],
             )
         if meta.prefill is not None:
-            attention.key_scale = layer._k_scale_float
+            attention.key_scale, attention.value_scale = layer._k_scale_float, layer._v_scale_float
             table, seq_lens = meta.block_table[decodes:], meta.seq_lens[decodes:]
             starts = meta.query_start_loc[decodes:]
-            attention.update_prefill(kv_cache, table, seq_lens, starts, meta.max_query_len)
+            plan = None if meta.plan is None else meta.plan.from_row(decodes)
+            attention.update_prefill(kv_cache, table, seq_lens, starts, meta.max_query_len, plan)
             tokens = slice(decodes, meta.num_actual_tokens)
             new = query[tokens], key[tokens], value[tokens]
             if attention.pages is not None:

@@ -19,7 +19,8 @@ from vllm_rc_backend.kernels.reference.paged import PagedKV
 from vllm_rc_backend.kernels.reference.statistics import finished_pages
 
 LOOKBACK = 512
-"""Pages before its own that a row looks through for a state to go on from: an earlier turn of the same chat, say."""
+"""Pages that a row looks through, latest first, for a state to go on from: its own of the last step, an earlier turn of
+the same chat."""
 
 
 @dataclass
@@ -55,9 +56,9 @@ class SummaryTags:
 class SummaryPlan:
     """What each row does in this step, the same in every layer of the group.
 
-    Row r copies slot ``source[r]`` (-1: starts from zero), adds logical pages ``[first[r], last[r])``, stores the
-    result in ``slot[r]`` and reads it. ``slot[r] == -1``: the row is dense, or has no summary. Nothing is added where
-    ``first[r] == last[r]``.
+    Row r copies slot ``source[r]`` (-1: starts from zero), adds logical pages ``[first[r], last[r])``, and stores the
+    result in ``slot[r]``, which a decode reads. ``slot[r] == -1``: the row is dense, or has no summary. Nothing is
+    added where ``first[r] == last[r]``.
     """
 
     slot: Tensor
@@ -70,6 +71,10 @@ class SummaryPlan:
         """bool ``[rows]``: rows whose summary is summed up from all pages of the mid region."""
         return (self.slot >= 0) & (self.source < 0) & (self.first < self.last)
 
+    def from_row(self, row: int) -> SummaryPlan:
+        """The plan of rows ``row`` and after."""
+        return SummaryPlan(self.slot[row:], self.source[row:], self.first[row:], self.last[row:])
+
 
 def plan_summaries(
     tags: SummaryTags,
@@ -78,63 +83,65 @@ def plan_summaries(
     seq_lens: list[int],
     query_lens: list[int],
 ) -> SummaryPlan:
-    """Find or assign a slot for every row that decodes sparsely, and update the tags.
+    """Find or assign a slot for every row that is, or would now be decoded sparsely, and update the tags.
+
+    A row of a prefill gets the summary of its mid region so far, so that the next chunk and in the end the first decode
+    find it. Decodes come first: no prefill ever keeps one from a slot.
 
     1. Pages that this step rewrites lose their tag.
-    2. A row whose mid region is held by a slot reads it as it is; several rows may share one.
-    3. A row that is held up to the previous step's mid region, or to one of ``LOOKBACK`` pages before, advances: in
-       place if it is alone with that slot, into a new slot otherwise (sequences that share a prefix part here).
-    4. Any other row is rebuilt from the first mid page into a new slot. No free slot: no summary in this step.
+    2. Each row looks through the pages that it had before this step, the last ``LOOKBACK`` of those in its mid region,
+       for the latest that a slot is tagged with, and goes on from there. If that is the end of its mid region, it takes
+       the state as it is; several rows may share one.
+    3. A decode that has to advance does so in place if it is the only decode to look at that slot, in a new slot
+       otherwise (sequences that share a prefix part here); new slots are those that no row looks at, the oldest first,
+       and after these those that only prefills look at. No free slot: no summary in this step.
+    4. Prefills follow, as decodes do, with two differences: a state that a decode has just replaced is no longer there
+       and everything is summed up anew, and only slots that no row looks at are free. No free slot: what is missing is
+       left to the next chunk or the first decode.
 
     Args:
         block_table: int ``[rows, max_blocks]``.
-        seq_lens, query_lens: see ``finish_pages``. Rows with ``query_len != 1`` (prefill, padding) get no summary.
+        seq_lens, query_lens: see ``finish_pages``. A row with ``query_len == 1`` is a decode, with more a prefill.
     """
-    per_block = geometry.pages_per_block
+    per_block, size = geometry.pages_per_block, geometry.page_size
 
     def page_id(row: int, page: int) -> int:
         return int(block_table[row, page // per_block]) * per_block + page % per_block
 
-    rows = range(len(seq_lens))
-    for row in rows:
-        for page in finished_pages(seq_lens[row], query_lens[row], geometry.page_size):
+    for row in range(len(seq_lens)):
+        for page in finished_pages(seq_lens[row], query_lens[row], size):
             tags.page_slot[page_id(row, page)] = -1
 
     plan = SummaryPlan(*(torch.full((len(seq_lens),), value, dtype=torch.int32) for value in (-1, -1, 0, 0)))
-    users = torch.zeros_like(tags.slot_page)  # rows that need what a slot holds now
-    waiting = []
+    rows = [r for r in range(len(seq_lens)) if query_lens[r] > 0 and geometry.is_sparse(seq_lens[r])]
+    decodes, prefills = (torch.zeros_like(tags.slot_page) for _ in range(2))  # rows that look at a slot
     for row in rows:
-        if query_lens[row] != 1 or not geometry.is_sparse(seq_lens[row]):
-            continue
-        mid_end, before = geometry.mid_end(seq_lens[row]), geometry.mid_end(seq_lens[row] - 1)
-        slot = tags.find(page_id(row, mid_end - 1))
-        if slot >= 0:
-            plan.slot[row] = slot
-            plan.first[row] = plan.last[row] = mid_end
-            users[slot] += 1
-            continue
-        source, first = -1, geometry.sink_pages
+        last = geometry.mid_end(seq_lens[row])
+        before = min(last, (seq_lens[row] - query_lens[row]) // size)
+        plan.first[row], plan.last[row] = geometry.sink_pages, last
         for held in range(before, max(before - LOOKBACK, geometry.sink_pages), -1):
-            source = tags.find(page_id(row, held - 1))
-            if source >= 0:
-                first = held
+            if (source := tags.find(page_id(row, held - 1))) >= 0:
+                plan.source[row], plan.first[row] = source, held
+                (decodes if query_lens[row] == 1 else prefills)[source] += 1
                 break
-        plan.source[row] = source
-        plan.first[row] = first
-        plan.last[row] = mid_end
-        if source >= 0:
-            users[source] += 1
-        waiting.append(row)
 
-    slots = len(tags.slot_page)
-    start = int(tags.next_slot)
-    free = [s % slots for s in range(start, start + slots) if users[s % slots] == 0]
+    slots, start = len(tags.slot_page), int(tags.next_slot)
+    oldest_first = [s % slots for s in range(start, start + slots)]
+    idle = [s for s in oldest_first if not decodes[s] and not prefills[s]]
+    free = idle + [s for s in oldest_first if not decodes[s] and prefills[s]]
     taken = 0
-    for row in waiting:
-        source = int(plan.source[row])
-        if source >= 0 and users[source] == 1:
+    for row in sorted(rows, key=lambda r: query_lens[r] > 1):
+        decoding, source, first = query_lens[row] == 1, int(plan.source[row]), int(plan.first[row])
+        if not decoding and source >= 0 and int(tags.slot_page[source]) != page_id(row, first - 1):
+            source, first = -1, geometry.sink_pages
+            plan.source[row], plan.first[row] = source, first
+        if source >= 0 and first == int(plan.last[row]):
+            plan.slot[row] = source
+            continue
+        others = -1 if source < 0 else int(decodes[source]) + (0 if decoding else int(prefills[source])) - 1
+        if others == 0:
             slot = source
-        elif taken < len(free):
+        elif taken < len(free if decoding else idle):
             slot = free[taken]
             taken += 1
         else:

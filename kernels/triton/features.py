@@ -1,6 +1,6 @@
 """The completion ``features`` on a GPU: twin of ``completion.Features``.
 
-It enters a decode step twice: ``absorb_features`` adds pages to a summary, inside ``update_kernel``, and
+It enters twice: ``sum_features`` and ``add_features`` add pages to a summary, and in a decode step
 ``features_kernel``, a launch between scores and attention, reads the retrieved pages, maps their keys and leaves the
 residual's log-mass and mean value for the merge. Those pages are read twice, the second time out of the second-level
 cache as far as it holds them; the maps stay out of the attention's registers, and the attention as it is.
@@ -65,14 +65,11 @@ def _map_keys(keys, real, weight, bias, key_scale, S: tl.constexpr, N: tl.conste
 
 
 @triton.jit
-def absorb_features(
+def sum_features(
     kv,
     block_table,
     weight,
     bias,
-    state,
-    source,
-    source_slot,
     begin,
     end,
     start,
@@ -84,16 +81,17 @@ def absorb_features(
     COLS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Columns ``[start, start + COLS)`` of S, and with the first of them u: tokens ``[begin, end)``, plus ``source`` if
-    its slot is not -1. All pointers are to the head.
+    """Columns ``[start, start + COLS)`` of S over tokens ``[begin, end)``. All pointers are to the head.
+
+    Returns:
+        float32 ``[block_f, COLS]``, and u ``[block_f]``.
     """
     g: tl.constexpr = S.geometry
     d: tl.constexpr = S.head_size
     F: tl.constexpr = S.block_f
-    features = tl.arange(0, F)
     cols = start + tl.arange(0, COLS)
     elements = tl.arange(0, S.block_d)
-    known, real_cols = features < S.features, cols < d
+    real_cols = cols < d
     key_map = _load_map(weight, operand_type(kv.dtype.element_ty), S)
     weighted = tl.zeros([F, COLS], tl.float32)
     u = tl.zeros([F], tl.float32)
@@ -106,14 +104,25 @@ def absorb_features(
         )
         phi = _map_keys(as_operand(keys), real, key_map, bias, key_scale, S, TILE)
         values = tl.load(at[:, None] + d + cols[None, :], mask=real[:, None] & real_cols[None, :], other=0.0)
-        # Added in float32, as in ``absorb_columns``: matrix units truncate what they add up.
+        # Added in float32, as in ``sum_columns``: matrix units truncate what they add up.
         added = dot_split(tl.trans(phi), as_operand(values), tl.zeros([F, COLS], tl.float32))
         weighted += added * value_scale
         u += tl.sum(phi, 0)
+    return weighted, u
 
+
+@triton.jit
+def add_features(weighted, u, state, source, source_slot, start, S: tl.constexpr, COLS: tl.constexpr):
+    """Write columns of S, and with the first of them u: these sums, plus ``source`` if its slot is not -1. Pointers are
+    to the head.
+    """
+    d: tl.constexpr = S.head_size
+    features = tl.arange(0, S.block_f)
+    cols = start + tl.arange(0, COLS)
+    known = features < S.features
     LOW: tl.constexpr = S.state_rows * d  # from the high plane to the low one
     tile = features[:, None] * d + cols[None, :]
-    whole = known[:, None] & real_cols[None, :]
+    whole = known[:, None] & (cols < d)[None, :]
     counts = S.features * d + features
     if source_slot >= 0:
         weighted += load_planes(source + tile, whole, LOW)

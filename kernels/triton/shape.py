@@ -121,6 +121,11 @@ class Shape:
         return max(16, next_power_of_2(self.features))
 
     @property
+    def sum_rows(self) -> int:
+        """Rows of the matrix that is summed up of tokens: C's, or S's, padded."""
+        return self.block_f if self.features else self.block_d
+
+    @property
     def block_u(self) -> int:
         """Elements of u's rows, padded to a power of two."""
         return next_power_of_2(-(-self.features // self.head_size) * self.head_size)

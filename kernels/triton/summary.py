@@ -1,4 +1,4 @@
-"""Summaries: which slot each row uses (once a step, for all layers), and adding pages to them (each layer).
+"""Summaries: which slot each row uses (once a step, for all layers), and what pages add to them (each layer).
 
 Twins of ``reference.plan_summaries`` and ``reference.absorb_pages``; the tags and the plan are described there.
 """
@@ -37,7 +37,8 @@ def plan_kernel(
     plan_source,
     plan_first,
     plan_last,
-    users,
+    decodes,
+    prefills,
     free,
     rows,
     slots,
@@ -46,7 +47,7 @@ def plan_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """One program. ``users`` int32 ``[slots]`` and ``free`` int32 ``[slots]`` are scratch.
+    """One program. ``decodes``, ``prefills`` and ``free``, int32 ``[slots]``, are scratch.
 
     Steps that hand data from thread to thread go through memory, with a barrier between.
     """
@@ -58,7 +59,8 @@ def plan_kernel(
     query_len = query_end - tl.load(query_start + row, mask=real, other=0)
 
     slot_id = tl.arange(0, SLOTS)
-    tl.store(users + slot_id, 0, mask=slot_id < slots)
+    tl.store(decodes + slot_id, 0, mask=slot_id < slots)
+    tl.store(prefills + slot_id, 0, mask=slot_id < slots)
     begin = (seq_len - query_len) // g.page_size
     count = tl.where(real, seq_len // g.page_size - begin, 0)
     for i in range(tl.max(count, 0)):
@@ -66,17 +68,23 @@ def plan_kernel(
         tl.store(page_slot + stale, -1, mask=i < count)
     tl.debug_barrier()
 
-    wants = real & (query_len == 1) & is_sparse(seq_len, g)
+    wants = real & (query_len > 0) & is_sparse(seq_len, g)
+    decoding = wants & (query_len == 1)
+    prefilling = wants & (query_len > 1)
     last = mid_end(seq_len, g)
-    before = mid_end(seq_len - 1, g)
+    before = tl.minimum(last, begin)
     last_page = page_of(table, tl.maximum(last - 1, 0), wants, g)
-    slot = _find(slot_page, page_slot, last_page, wants)
-    held = slot >= 0
-    grows = wants & (slot < 0) & (before > g.sink_pages)
-    source = _find(slot_page, page_slot, page_of(table, tl.maximum(before - 1, 0), grows, g), grows)
-    first = tl.where(source >= 0, before, g.sink_pages)
-    seeks = (grows & (source < 0)).to(tl.int32)
-    back = 1
+    first = tl.where(wants, g.sink_pages, 0)
+    source = tl.full([ROWS], -1, tl.int32)
+    # Nearly every decode finds its state at the first place, all others that advance at the second.
+    for back in tl.static_range(2):
+        end = before - back
+        asks = wants & (source < 0) & (end > g.sink_pages)
+        found = _find(slot_page, page_slot, page_of(table, tl.maximum(end - 1, 0), asks, g), asks)
+        source = tl.maximum(source, found)
+        first = tl.where(found >= 0, end, first)
+    seeks = (wants & (source < 0) & (before - 2 > g.sink_pages)).to(tl.int32)
+    back = 2
     while (tl.max(seeks, 0) > 0) & (back < LOOKBACK):
         nth = back + tl.arange(0, BACK)[None, :]
         ends = before[:, None] - nth
@@ -85,48 +93,70 @@ def plan_kernel(
         latest = tl.max(tl.where(known >= 0, ends, 0), 1)
         source = tl.maximum(source, tl.max(tl.where(ends == latest[:, None], known, -1), 1))
         first = tl.where(latest > 0, latest, first)
-        seeks = tl.where((latest > 0) | (before - back - BACK < g.sink_pages), 0, seeks)
+        seeks = tl.where((latest > 0) | (before - back - BACK <= g.sink_pages), 0, seeks)
         back += BACK
-    extends = source >= 0
-    tl.atomic_add(users + tl.where(held, slot, tl.maximum(source, 0)), 1, mask=held | extends, sem="relaxed")
+    looked = tl.maximum(source, 0)
+    tl.atomic_add(decodes + looked, 1, mask=decoding & (source >= 0), sem="relaxed")
+    tl.atomic_add(prefills + looked, 1, mask=prefilling & (source >= 0), sem="relaxed")
     tl.debug_barrier()
 
-    alone = extends & (tl.load(users + tl.maximum(source, 0), mask=extends, other=0) == 1)
     start = tl.load(next_slot)
     turned = (start + slot_id) % slots  # the oldest states go first
-    is_free = (slot_id < slots) & (tl.load(users + turned, mask=slot_id < slots, other=1) == 0)
-    n_free = tl.sum(is_free.to(tl.int32), 0)
-    tl.store(free + tl.cumsum(is_free.to(tl.int32), 0) - 1, turned, mask=is_free)
+    open_slot = (slot_id < slots) & (tl.load(decodes + turned, mask=slot_id < slots, other=1) == 0)
+    lent = open_slot & (tl.load(prefills + turned, mask=open_slot, other=0) > 0)
+    idle = open_slot & (lent == 0)
+    n_idle = tl.sum(idle.to(tl.int32), 0)
+    n_free = tl.sum(open_slot.to(tl.int32), 0)
+    tl.store(free + tl.cumsum(idle.to(tl.int32), 0) - 1, turned, mask=idle)
+    tl.store(free + n_idle + tl.cumsum(lent.to(tl.int32), 0) - 1, turned, mask=lent)
+    others = tl.load(decodes + looked, mask=source >= 0, other=0)
+    with_prefills = others + tl.load(prefills + looked, mask=source >= 0, other=0)
     tl.debug_barrier()
 
-    needs = wants & (slot < 0) & (alone == 0)
+    held = decoding & (source >= 0) & (first == last)
+    alone = decoding & (source >= 0) & (held == 0) & (others == 1)
+    needs = decoding & (held == 0) & (alone == 0)
     place = tl.cumsum(needs.to(tl.int32), 0) - 1
     gets = needs & (place < n_free)
+    slot = tl.where(held | alone, source, tl.load(free + place, mask=gets, other=-1))
+    tl.store(slot_page + slot, last_page, mask=alone | gets)
+    tl.store(page_slot + last_page, slot, mask=alone | gets)
+    taken = tl.sum(gets.to(tl.int32), 0)
+    planned = held | alone | gets
+    tl.debug_barrier()
+
+    extends = prefilling & (source >= 0)
+    held_page = page_of(table, tl.maximum(first - 1, 0), extends, g)
+    replaced = extends & (tl.load(slot_page + looked, mask=extends, other=-1) != held_page)
+    source = tl.where(replaced, -1, source)
+    first = tl.where(replaced, g.sink_pages, first)
+    extends = extends & (replaced == 0)
+    tl.debug_barrier()  # all of them have looked before any replaces
+
+    held = extends & (first == last)
+    alone = extends & (held == 0) & (with_prefills == 1)
+    needs = prefilling & (held == 0) & (alone == 0)
+    place = taken + tl.cumsum(needs.to(tl.int32), 0) - 1
+    gets = needs & (place < n_idle)
     fresh = tl.load(free + place, mask=gets, other=-1)
-    assigned = alone | gets
-    slot = tl.where(held, slot, tl.where(alone, source, fresh))
-    source = tl.where(assigned, source, -1)
-    first = tl.where(held, last, first)
-    planned = held | assigned
+    slot = tl.where(prefilling, tl.where(held | alone, source, fresh), slot)
+    tl.store(slot_page + slot, last_page, mask=alone | gets)
+    tl.store(page_slot + last_page, slot, mask=alone | gets)
+    taken += tl.sum(gets.to(tl.int32), 0)
+    planned = planned | held | alone | gets
+
     tl.store(plan_slot + row, slot, mask=real)
-    tl.store(plan_source + row, source, mask=real)
+    tl.store(plan_source + row, tl.where(planned, source, -1), mask=real)
     tl.store(plan_first + row, tl.where(planned, first, 0), mask=real)
     tl.store(plan_last + row, tl.where(planned, last, 0), mask=real)
-
-    tl.store(slot_page + slot, last_page, mask=assigned)
-    tl.store(page_slot + last_page, slot, mask=assigned)
-    taken = tl.sum(gets.to(tl.int32), 0)
     if taken > 0:
         tl.store(next_slot, (tl.load(free + taken - 1) + 1) % slots)
 
 
 @triton.jit
-def absorb_columns(
+def sum_columns(
     kv,
     block_table,
-    state,
-    source,
-    source_slot,
     begin,
     end,
     start,
@@ -138,8 +168,10 @@ def absorb_columns(
     COLS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Columns ``[start, start + COLS)`` of a state: tokens ``[begin, end)``, plus ``source`` if its slot is not -1.
-    All pointers are to the head.
+    """Columns ``[start, start + COLS)`` of a state over tokens ``[begin, end)``. ``kv`` points to the head.
+
+    Returns:
+        C float32 ``[block_d, COLS]``, K1 and V1 ``[COLS]``.
     """
     g: tl.constexpr = S.geometry
     d: tl.constexpr = S.head_size
@@ -165,12 +197,19 @@ def absorb_columns(
         C += dot(tl.trans(keys), values, tl.zeros([D, COLS], tl.float32)) * (key_scale * value_scale)
         K1 += tl.sum(key_columns.to(tl.float32), 0)
         V1 += tl.sum(values.to(tl.float32), 0)
-    K1 *= key_scale
-    V1 *= value_scale
+    return C, K1 * key_scale, V1 * value_scale
 
+
+@triton.jit
+def add_columns(C, K1, V1, state, source, source_slot, start, S: tl.constexpr, COLS: tl.constexpr):
+    """Write columns of a state: these sums, plus ``source`` if its slot is not -1. Pointers are to the head."""
+    d: tl.constexpr = S.head_size
+    rows = tl.arange(0, S.block_d)
+    cols = start + tl.arange(0, COLS)
+    real_cols = cols < d
     LOW: tl.constexpr = S.state_rows * d  # from the high plane to the low one
     tile = rows[:, None] * d + cols[None, :]
-    whole = real_rows[:, None] & real_cols[None, :]
+    whole = (rows < d)[:, None] & real_cols[None, :]
     if source_slot >= 0:
         C += load_planes(source + tile, whole, LOW)
         K1 += load_planes(source + d * d + cols, real_cols, LOW)

@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 
-from vllm_rc_backend.kernels.triton.features import absorb_features
+from vllm_rc_backend.kernels.triton.absorb import add_sums, sum_tokens
 from vllm_rc_backend.kernels.triton.overlap import let_next_start
 from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.statistics import finish_page
-from vllm_rc_backend.kernels.triton.summary import absorb_columns
 
 
 @triton.jit
@@ -59,45 +58,22 @@ def update_kernel(
             source = tl.load(plan_source + row)
             if (source < 0) & (part == 1) & (head == 0):
                 tl.atomic_add(counters + 7, 1, sem="relaxed")
-            size = S.heads * 2 * S.state_rows * S.head_size
-            states += head * (2 * S.state_rows * S.head_size)
-            state = states + slot.to(tl.int64) * size
-            copied = states + tl.maximum(source, 0).to(tl.int64) * size
-            if S.completion == "features":
-                absorb_features(
-                    kv,
-                    block_table,
-                    key_weight + head * S.features * S.head_size,
-                    key_bias + head * S.features,
-                    state,
-                    copied,
-                    source,
-                    first * g.page_size,
-                    last * g.page_size,
-                    (part - 1) * COLS,
-                    key_scale,
-                    value_scale,
-                    stride_block,
-                    stride_token,
-                    S,
-                    COLS,
-                    TILE,
-                )
-            else:
-                absorb_columns(
-                    kv,
-                    block_table,
-                    state,
-                    copied,
-                    source,
-                    first * g.page_size,
-                    last * g.page_size,
-                    (part - 1) * COLS,
-                    key_scale,
-                    value_scale,
-                    stride_block,
-                    stride_token,
-                    S,
-                    COLS,
-                    TILE,
-                )
+            start = (part - 1) * COLS
+            matrix, vector = sum_tokens(
+                kv,
+                block_table,
+                key_weight,
+                key_bias,
+                head,
+                first * g.page_size,
+                last * g.page_size,
+                start,
+                key_scale,
+                value_scale,
+                stride_block,
+                stride_token,
+                S,
+                COLS,
+                TILE,
+            )
+            add_sums(matrix, vector, states, slot, source, head, start, S, COLS)

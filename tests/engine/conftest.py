@@ -19,10 +19,12 @@ from ..harness import Answer
 
 @dataclass
 class Audit:
-    """Compares the side store with a recomputation from the cache, at every layer of every fourth sparse decode."""
+    """Compares the side store with a recomputation from the cache, at every layer of every fourth sparse decode, and
+    summaries after every step of a prefill, too."""
 
     checked_pages: int = 0
     checked_summaries: int = 0
+    checked_prefills: int = 0
     problems: list[str] = field(default_factory=list)
 
     def check(self, attention: ReferenceAttention, kv: PagedKV, batch: Batch, row: int) -> None:
@@ -45,15 +47,25 @@ class Audit:
         if wrong.any():
             self.problems.append(f"row {row} at {seq_len}: statistics of pages {finished[wrong].tolist()}")
 
-        if batch.plan is None:
-            return
-        slot = int(batch.plan.slot[row])
-        if slot < 0:
-            return
+        if batch.plan is not None and batch.plan.slot[row] >= 0:
+            self.check_summary(attention, kv, batch, row)
+            self.checked_summaries += 1
+
+    def check_prefills(self, attention: ReferenceAttention, kv: PagedKV, batch: Batch) -> None:
+        """The summaries that a step's prefills were given."""
+        for row, count in enumerate(batch.query_lens):
+            if count > 1 and batch.plan is not None and batch.plan.slot[row] >= 0:
+                self.check_summary(attention, kv, batch, row)
+                self.checked_prefills += 1
+
+    def check_summary(self, attention: ReferenceAttention, kv: PagedKV, batch: Batch, row: int) -> None:
+        """One row's summary, of its mid region so far."""
+        assert batch.plan is not None
+        store, layout, slot = attention.store, attention.store.layout, int(batch.plan.slot[row])
+        geometry, seq_len, table = layout.geometry, batch.seq_lens[row], batch.block_table[row]
         first, last = geometry.sink_tokens, geometry.mid_end(seq_len) * geometry.page_size
         expected = layout.completion.contribution(*kv.read_range(table, first, last))
         held = store.states[slot].float().sum(dim=1)
-        self.checked_summaries += 1
         # Relative to each matrix: 16 bits per addition, at most a few hundred additions here.
         error = (held - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
         if not bool((error < 1e-3).all()):
@@ -62,21 +74,26 @@ class Audit:
     def assert_right(self, summaries: bool = True) -> None:
         """Something was checked and nothing was wrong."""
         assert self.checked_pages > 0
-        assert not summaries or self.checked_summaries > 0
+        assert not summaries or (self.checked_summaries > 0 and self.checked_prefills > 0)
         assert not self.problems, self.problems[:5]
 
 
 @pytest.fixture
 def audit(monkeypatch: pytest.MonkeyPatch) -> Audit:
-    """Audits every sparse decode of the test."""
+    """Audits every sparse decode of the test, and every step of a prefill."""
     found = Audit()
-    decode = ReferenceAttention.decode
+    decode, update = ReferenceAttention.decode, ReferenceAttention.update
 
     def audited(self: ReferenceAttention, query: Any, kv: PagedKV, batch: Batch, row: int) -> Any:
         found.check(self, kv, batch, row)
         return decode(self, query, kv, batch, row)
 
+    def updated(self: ReferenceAttention, kv: PagedKV, batch: Batch) -> None:
+        update(self, kv, batch)
+        found.check_prefills(self, kv, batch)
+
     monkeypatch.setattr(ReferenceAttention, "decode", audited)
+    monkeypatch.setattr(ReferenceAttention, "update", updated)
     return found
 
 

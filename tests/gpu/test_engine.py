@@ -65,7 +65,7 @@ class Audit:
     def __init__(self, llm: Any) -> None:
         self.llm = llm
         self.core = llm.llm_engine.engine_core.engine_core
-        self.pages = self.summaries = 0
+        self.pages = self.summaries = self.prompts = 0
         self.differing = 0.0  # sum over pages of the share of their statistics' bytes
 
     def check(self) -> None:
@@ -75,6 +75,10 @@ class Audit:
             (blocks,) = self.core.scheduler.kv_cache_manager.get_block_ids(request.request_id)
             for layer in sparse_layers(self.llm).values():
                 self._check(layer, torch.tensor(blocks, device="cuda"), request.num_computed_tokens)
+
+    def prompt_done(self) -> bool:
+        """Whether some running request's prompt, and nothing else of it, has been computed."""
+        return any(r.num_computed_tokens == r.num_prompt_tokens for r in self.core.scheduler.running)
 
     def _check(self, layer: Any, table: torch.Tensor, computed: int) -> None:
         store = layer.impl.sparse_layer.store
@@ -171,7 +175,11 @@ def test_side_store_is_right(
         nonlocal steps
         outputs = step()
         steps += 1
-        if steps % 7 == 0:
+        if audit.prompt_done():
+            before = audit.summaries
+            audit.check()
+            audit.prompts += audit.summaries > before
+        elif steps % 7 == 0:
             audit.check()
         return outputs
 
@@ -182,6 +190,7 @@ def test_side_store_is_right(
     assert audit.pages > 0
     assert audit.differing < 1e-3 * audit.pages
     assert audit.summaries > 0
+    assert audit.prompts > 0, "no summary was found at the end of a prompt"
     assert after["sparse_rows"] > before["sparse_rows"]
     assert after["rows_without_summary"] == before["rows_without_summary"]
 
@@ -239,6 +248,7 @@ def test_counters_under_replay_prove_what_was_read(prompt: Prompt) -> None:
         assert got["tokens_read"] == sum(geometry.tokens_read(n) for n in decoded)
         assert got["pages_scored"] == sum(geometry.mid_end(n) - geometry.sink_pages for n in sparse)
         assert got["rows_without_summary"] == 0
+        assert got["summaries_built"] == 0, "prefill left a summary to a decode"
 
 
 def test_needles_at_a_sixteenth() -> None:

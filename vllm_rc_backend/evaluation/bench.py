@@ -50,13 +50,21 @@ MOST_LAYERS = 24
 LEAST_LAYERS = 3
 """So many at least where memory allows."""
 
+CHUNK = 8 * K
+"""Tokens of a sequence that a step of the prefill adds."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One line of the decode table; times in microseconds for one layer.
 
     A step averages the usual one and the one in page_size that finishes a page in every row. Apart from these:
-    ``first_step_us``, the first after a prompt, which sums up the mid region of every row.
+
+    Attributes:
+        first_step_us: the first step after a prompt, where that finishes a page in every row.
+        checkpoint_us: what summaries add to a prefill, in the last chunk of one sequence, up to ``CHUNK`` tokens; None
+            without a completion.
+        rebuild_us: a step in which every row has lost its summary and sums it up from all pages.
     """
 
     context: int
@@ -68,6 +76,8 @@ class Row:
     usual_step_us: float
     page_step_us: float
     first_step_us: float
+    checkpoint_us: float | None
+    rebuild_us: float
     floor_us: float
     bytes_read: int
     layers: int
@@ -79,7 +89,7 @@ class Row:
 
 
 class Layers:
-    """Several layers' sequences in one KV pool, prefilled, with a summary of each, ready to decode."""
+    """Several layers' sequences in one KV pool, prefilled in chunks to one token before ``first_len``."""
 
     def __init__(
         self, case: Case, pool: Tensor, context: int, batch: int, count: int, tuning: Tuning
@@ -96,8 +106,9 @@ class Layers:
         width = -(-longest // geometry.block_size)
         blocks = torch.randperm(pool.shape[0] - 1, device=device)[: count * batch * width] + 1
         self.block_tables = blocks.view(count, batch, width).to(torch.int32)
-        # A step at which no page is finished, and the one in page_size at which every row finishes one.
-        self.usual_len, self.page_len = context - geometry.page_size // 2, context
+        # The first step, one at which no page is finished, and the next at which every row finishes one again.
+        self.first_len, self.page_len = context - geometry.page_size, context
+        self.usual_len = context - geometry.page_size // 2
         self.workspace = Workspace(shape, batch, context, device, case.statistics_bits, tuning)
         pages = pool.shape[0] * geometry.pages_per_block
         shared = SideStore(replace(layout, slots=0), pages, device)
@@ -111,18 +122,35 @@ class Layers:
         size = (count, batch, case.heads * case.group, case.head_size)
         self.queries = torch.randn(size, device=device).to(case.dtype)
         self.out = torch.full_like(self.queries, torch.nan)
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        self._prefill(starts)
-        self._decode_starts = starts
+        self._decode_starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        length = self.first_len - 1
+        for start in range(0, length, CHUNK):
+            self._prefill(min(start + CHUNK, length), min(CHUNK, length - start))
 
     def lengths(self, seq_len: int) -> Tensor:
         """int32 ``[batch]``, all the same."""
         return torch.full((self.batch,), seq_len, dtype=torch.int32, device=self.pool.device)
 
-    def _prefill(self, starts: Tensor) -> None:
-        length = self.usual_len - 1
+    def _prefill(self, seq_len: int, count: int) -> None:
+        """A chunk of ``count`` tokens that ends at ``seq_len``, of every sequence."""
+        lengths, starts = self.lengths(seq_len), self._decode_starts * count
+        for attention, planner, table in zip(self.attentions, self.planners, self.block_tables, strict=True):
+            plan = None if self.case.completion == "none" else planner.plan(table, lengths, starts)
+            attention.update_prefill(self.pool, table, lengths, starts, count, plan)
+
+    def checkpoint(self) -> None:
+        """What summaries add to the last chunk of each layer's first sequence; spoils its summary."""
+        geometry = self.case.geometry
+        ends = [geometry.mid_end(n) for n in (max(self.first_len - 1 - CHUNK, 0), self.first_len - 1)]
+        slot, source, first, last = torch.tensor([[0], [0], *([n] for n in ends)], dtype=torch.int32)
+        plan = SummaryPlan(*(x.to(self.pool.device) for x in (slot, source, first, last)))
         for attention, table in zip(self.attentions, self.block_tables, strict=True):
-            attention.update_prefill(self.pool, table, self.lengths(length), starts * length, length)
+            attention.absorb(self.pool, table[:1], plan)
+
+    def forget(self) -> None:
+        """Lose all summaries."""
+        for planner in self.planners:
+            planner.tags.slot_page.fill_(-1)
 
     def plan(self, seq_len: int) -> list[SummaryPlan | None]:
         """A plan for each layer, as the builder makes one for each step."""
@@ -286,15 +314,26 @@ def measure(
     layers = Layers(case, pool, context, batch, count, tuning or Tuning())
     usual_lengths, page_lengths = layers.lengths(layers.usual_len), layers.lengths(layers.page_len)
 
-    # A plan of sequences that no slot holds: with it, every step sums them up anew.
-    first_plans = layers.plan(layers.usual_len)
-    first = capture(lambda: layers.step(usual_lengths, first_plans))
-    seconds = time_calls({"first": first.replay}, repeats)
+    first_lengths = layers.lengths(layers.first_len)
+    plans = layers.plan(layers.first_len)
+    layers.step(first_lengths, plans)
+    layers.verify(layers.first_len, plans)
+    # Each replay adds the same page again; no time depends on it, and the summaries are rebuilt below.
+    first = capture(lambda: layers.step(first_lengths, plans))
+    calls: dict[str, Callable[[], object]] = {"first": first.replay}
+    if layout.slots:
+        calls["checkpoint"] = capture(layers.checkpoint).replay
+    seconds = time_calls(calls, repeats)
+    layers.forget()
+    plans = layers.plan(layers.first_len)
+    rebuild = capture(lambda: layers.step(first_lengths, plans))
+    seconds |= time_calls({"rebuild": rebuild.replay}, repeats)
+
     plans = layers.plan(layers.usual_len)
     usual = capture(lambda: layers.step(usual_lengths, plans))
     usual.replay()
     layers.verify(layers.usual_len, plans)
-    calls: dict[str, Callable[[], object]] = {"usual": usual.replay}
+    calls = {"usual": usual.replay}
     if dense and (step := dense_step(layers, layers.usual_len)):
         calls["dense"] = capture(step).replay
     seconds |= time_calls(calls, repeats)
@@ -312,6 +351,7 @@ def measure(
     usual_us, spread = micro("usual")
     page_us, _ = micro("page")
     first_us, _ = micro("first")
+    rebuild_us, _ = micro("rebuild")
     dense_us, dense_spread = micro("dense") if "dense" in seconds else (None, None)
     return Row(
         context=context,
@@ -323,6 +363,8 @@ def measure(
         usual_step_us=usual_us,
         page_step_us=page_us,
         first_step_us=first_us,
+        checkpoint_us=micro("checkpoint")[0] if "checkpoint" in seconds else None,
+        rebuild_us=rebuild_us,
         floor_us=touched / bandwidth * 1e6,
         bytes_read=touched,
         layers=count,
@@ -373,15 +415,17 @@ def markdown(rows: list[Row]) -> str:
     """The decode table."""
     lines = [
         "| context x batch | FlashAttention-3, us | rc_topk, us | ratio | bytes floor, us | multiple of floor "
-        "| first step, us |",
-        "|---|---|---|---|---|---|---|",
+        f"| first step, us | summary of a chunk of {CHUNK // K}K, us | summary lost, us |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         dense = "-" if r.dense_us is None else f"{r.dense_us:.1f} ± {r.dense_spread_us or 0:.1f}"
         ratio = "-" if r.ratio is None else f"{r.ratio:.2f}"
+        chunk = "-" if r.checkpoint_us is None else f"{r.checkpoint_us:.0f}"
         lines.append(
             f"| {r.context // K}K x {r.batch} | {dense} | {r.rc_topk_us:.1f} ± {r.rc_topk_spread_us:.1f} | {ratio} "
-            f"| {r.floor_us:.1f} | {r.rc_topk_us / r.floor_us:.2f} | {r.first_step_us:.0f} |"
+            f"| {r.floor_us:.1f} | {r.rc_topk_us / r.floor_us:.2f} | {r.first_step_us:.0f} "
+            f"| {chunk} | {r.rebuild_us:.0f} |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
-"""``rc-topk bench --end-to-end``: whole-engine decode and prefill times, ours beside vLLM's FlashAttention.
+"""``python -m vllm_rc_backend.evaluation.end_to_end``: whole-engine times, ours beside vLLM's FlashAttention.
 
 Dummy weights in the shape of Llama-3.1-8B. Each backend runs in a process of its own, one after the other on the same
 machine. The time per output token is the slope between two output lengths over prompts whose prefix is cached, so that
-prefill, sampling set-up and tokenisation drop out; the time of the first, uncached pass is the prefill time.
+prefill, sampling set-up and tokenisation drop out. The prefill time is the median of several passes of one token with
+an empty prefix cache, after one that is not timed: whatever is compiled or tuned at first use is in that.
 """
 
 from __future__ import annotations
@@ -60,69 +61,103 @@ class Load:
 DEFAULT_LOADS = (Load(4096, 64), Load(32768, 24), Load(131072, 6))
 
 
-def measure(
-    backend: str, loads: list[Load], options: dict[str, Any], utilization: float, repeats: int
-) -> Any:
-    """Run all loads on one backend in this process. Times in milliseconds."""
+@dataclass(frozen=True)
+class Run:
+    """What is the same for both backends.
+
+    Attributes:
+        loads: in this order.
+        options: ours.
+        layers: of the model; fewer than 32 leave the share of attention in a layer as it is.
+        utilization: vLLM's ``gpu_memory_utilization``.
+        repeats: slopes of each load.
+        prefills: timed passes over the uncached prompts of each load.
+    """
+
+    loads: list[Load]
+    options: dict[str, Any]
+    layers: int
+    utilization: float
+    repeats: int
+    prefills: int
+
+
+def empty_prefix_cache(llm: Any) -> None:
+    """Wait until the blocks of the last requests are free, and forget what is in them.
+
+    Raises:
+        RuntimeError: they are not free after five seconds.
+    """
+    for _ in range(100):
+        if llm.reset_prefix_cache():
+            return
+        time.sleep(0.05)
+    raise RuntimeError("vLLM did not empty its prefix cache within 5 s, so that no prefill can be timed")
+
+
+def measure(backend: str, run: Run) -> Any:
+    """Run all loads on one backend in this process. Times in milliseconds, spreads from the least to the greatest."""
     from vllm import LLM, SamplingParams
 
-    longest = max(load.context for load in loads) + LONG + 64
+    longest = max(load.context for load in run.loads) + LONG + 64
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": run.layers}))
         llm = LLM(
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
             attention_backend=backend,
-            additional_config={"rc_topk": options} if backend == "RC_TOPK" else {},
+            additional_config={"rc_topk": run.options} if backend == "RC_TOPK" else {},
             max_model_len=longest,
-            max_num_seqs=max(load.batch for load in loads),
-            gpu_memory_utilization=utilization,
+            max_num_seqs=max(load.batch for load in run.loads),
+            gpu_memory_utilization=run.utilization,
             enable_prefix_caching=True,
             disable_log_stats=True,
         )
     rows = []
-    for load in loads:
+    for load in run.loads:
         rng = random.Random(load.context)
         prompts = [
             {"prompt_token_ids": [rng.randrange(1000, 100_000) for _ in range(load.context)]}
             for _ in range(load.batch)
         ]
 
-        def run(tokens: int, prompts: Any = prompts) -> float:
+        def seconds(tokens: int, cached: bool = True, prompts: Any = prompts) -> float:
+            if not cached:
+                empty_prefix_cache(llm)
             params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             start = time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
             return time.perf_counter() - start
 
-        prefill = run(1)
-        run(LONG)  # caches the generated tokens' blocks, too
-        slopes = [(run(LONG) - run(SHORT)) / (LONG - SHORT) * 1e3 for _ in range(repeats)]
+        seconds(1, cached=False)
+        prefills = [seconds(1, cached=False) * 1e3 for _ in range(run.prefills)]
+        seconds(LONG)  # caches the generated tokens' blocks, too
+        slopes = [(seconds(LONG) - seconds(SHORT)) / (LONG - SHORT) * 1e3 for _ in range(run.repeats)]
         rows.append(
             {
                 "context": load.context,
                 "batch": load.batch,
-                "prefill_ms": prefill * 1e3,
+                "prefill_ms": statistics.median(prefills),
+                "prefill_ms_spread": max(prefills) - min(prefills),
                 "token_ms": statistics.median(slopes),
                 "token_ms_spread": max(slopes) - min(slopes),
             }
         )
         print(json.dumps({"backend": backend, **rows[-1]}), file=sys.stderr, flush=True)
-        llm.reset_prefix_cache()
     cache = llm.llm_engine.vllm_config.cache_config
     return {"rows": rows, "kv_tokens": cache.num_gpu_blocks * cache.block_size}
 
 
-def compare(
-    loads: list[Load], options: dict[str, Any], utilization: float, repeats: int
-) -> list[dict[str, Any]]:
+def compare(run: Run) -> list[dict[str, Any]]:
     """Run every backend in a process of its own and join their rows."""
     found = {}
     for backend in BACKENDS:
-        arguments = ["--backend", backend, "--options", json.dumps(options)]
-        arguments += ["--gpu-memory-utilization", str(utilization), "--repeats", str(repeats)]
-        arguments += ["--loads", *(f"{load.context}x{load.batch}" for load in loads)]
-        found[backend] = run_child(__name__, arguments)
+        arguments = ["--backend", backend, "--options", json.dumps(run.options)]
+        arguments += ["--gpu-memory-utilization", str(run.utilization), "--layers", str(run.layers)]
+        arguments += ["--repeats", str(run.repeats), "--prefills", str(run.prefills)]
+        arguments += ["--loads", *(f"{load.context}x{load.batch}" for load in run.loads)]
+        found[backend] = run_child(__spec__.name, arguments)
     dense, ours = (found[backend] for backend in BACKENDS)
     return [
         asdict(load)
@@ -134,39 +169,48 @@ def compare(
             "dense_prefill_ms": d["prefill_ms"],
             "rc_topk_prefill_ms": o["prefill_ms"],
             "prefill_ratio": o["prefill_ms"] / d["prefill_ms"],
+            "prefill_spread_ms": max(d["prefill_ms_spread"], o["prefill_ms_spread"]),
+            "layers": run.layers,
             "dense_kv_tokens": dense["kv_tokens"],
             "rc_topk_kv_tokens": ours["kv_tokens"],
         }
-        for load, d, o in zip(loads, dense["rows"], ours["rows"], strict=True)
+        for load, d, o in zip(run.loads, dense["rows"], ours["rows"], strict=True)
     ]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table of ``compare``'s rows."""
     lines = [
-        "| context x sequences | dense, ms per token | rc_topk, ms per token | ratio | prefill, rc_topk / dense |",
-        "|---|---|---|---|---|",
+        "| context x sequences | dense, ms per token | rc_topk, ms per token | ratio | dense prefill, ms "
+        "| rc_topk prefill, ms | ratio |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['context']} x {r['batch']} | {r['dense_token_ms']:.2f} | {r['rc_topk_token_ms']:.2f} | "
-        f"{r['ratio']:.2f} | {r['prefill_ratio']:.3f} |"
+        f"{r['ratio']:.2f} | {r['dense_prefill_ms']:.0f} | {r['rc_topk_prefill_ms']:.0f} ± "
+        f"{r['prefill_spread_ms']:.0f} | {r['prefill_ratio']:.3f} |"
         for r in rows
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """One backend, for ``compare``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--loads", nargs="+", type=Load.parse, required=True)
-    parser.add_argument("--options", type=json.loads, default={})
+    """Both backends, or one for ``compare``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=BACKENDS, help="one of them, in this process; default: both")
+    parser.add_argument("--loads", nargs="+", type=Load.parse, default=list(DEFAULT_LOADS))
+    parser.add_argument("--options", type=json.loads, default={}, help="of rc_topk, as JSON")
+    parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prefills", type=int, default=5)
     parser.add_argument("--write", type=Path, required=True, help="the file for what was found, as JSON")
     args = parser.parse_args()
-    found = measure(args.backend, args.loads, args.options, args.gpu_memory_utilization, args.repeats)
-    args.write.write_text(json.dumps(found))
+    run = Run(args.loads, args.options, args.layers, args.gpu_memory_utilization, args.repeats, args.prefills)
+    found = measure(args.backend, run) if args.backend else compare(run)
+    args.write.write_text(json.dumps(found, indent=1))
+    if not args.backend:
+        print(markdown(found))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Case:
         seq_lens: tokens of each sequence after the first decode step; 0 makes a padding row.
         head_first: whether a block holds head after head (HND), or token after token (NHD).
         features: of a KV head, with the completion ``features``.
+        chunk: tokens of each sequence that a step of the prefill adds.
         cache_slots: decode through a page cache of so many slots; None: without one.
     """
 
@@ -70,6 +72,7 @@ class Case:
     value_scale: float = 1.0
     head_first: bool = True
     slots: int | None = None
+    chunk: int = 150
     max_model_len: int = 512
     max_rows: int | None = None
     cache_slots: int | None = None
@@ -207,19 +210,36 @@ class Runner:
             block = self.block_table[row].long()[position // size]
             self.kv_cache[block, :, position % size] = self.tokens[row, position]
         if self.pages is not None:
-            starts = self.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()])
+            starts = self.tensor(self._starts(query_lens))
             self.pages.begin_step(self.block_table, self.tensor(seq_lens), starts, max(query_lens))
 
     def prefill(self) -> None:
-        """All tokens before the first decode step; compares the page statistics."""
-        seq_lens = [max(n - 1, 0) for n in self.case.seq_lens]
-        self.write(seq_lens, seq_lens)
-        starts = self.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()])
-        self.attention.update_prefill(
-            self.kv_cache, self.block_table, self.tensor(seq_lens), starts, max(seq_lens)
-        )
-        self._finish(seq_lens, seq_lens)
+        """All tokens before the first decode step, in chunks; compares the page statistics and summaries."""
+        ends = [max(n - 1, 0) for n in self.case.seq_lens]
+        for start in range(0, max(ends), self.case.chunk):
+            counts = [min(max(end - start, 0), self.case.chunk) for end in ends]
+            self.extend([start + count if count else 0 for count in counts], counts)
+
+    def extend(self, seq_lens: list[int], query_lens: list[int]) -> None:
+        """One step of a prefill; compares the page statistics, and the summaries that its rows were given."""
+        self.write(seq_lens, query_lens)
+        lengths, starts = self.tensor(seq_lens), self.tensor(self._starts(query_lens))
+        plan = None
+        if self.planner is not None:
+            plan = self.planner.plan(self.block_table, lengths, starts)
+        longest = max(query_lens)
+        self.attention.update_prefill(self.kv_cache, self.block_table, lengths, starts, longest, plan)
+        self._finish(seq_lens, query_lens)
         self._compare_statistics()
+        if plan is None:
+            return
+        for row, seq_len in enumerate(seq_lens):
+            if (slot := int(plan.slot[row])) >= 0:
+                check_summary(self.case, self.store, self.kv, self.block_table[row], row, seq_len, slot)
+
+    @staticmethod
+    def _starts(query_lens: list[int]) -> list[int]:
+        return list(accumulate(query_lens, initial=0))
 
     def decode(self, seq_lens: list[int]) -> float:
         """One decode step; compares everything. Returns the relative error of the output."""
@@ -228,7 +248,7 @@ class Runner:
         out = torch.full_like(query, torch.nan)
         plan = None
         if self.planner is not None:
-            starts = self.tensor([0, *torch.tensor([min(n, 1) for n in seq_lens]).cumsum(0).tolist()])
+            starts = self.tensor(self._starts([min(n, 1) for n in seq_lens]))
             plan = self.planner.plan(self.block_table, self.tensor(seq_lens), starts)
         self.attention.decode(query, self.kv_cache, self.block_table, self.tensor(seq_lens), plan, out)
         return self.compare(query, seq_lens, out)
@@ -384,6 +404,21 @@ def _compare_choice(scores: Tensor, places: Tensor, slack: Tensor, what: str) ->
     assert bool((worst >= lowest - slack).all()), f"{what}: took a page of {worst} and left one of {lowest}"
 
 
+def check_summary(
+    case: Case, store: SideStore, kv: PagedKV, block_table: Tensor, row: int, seq_len: int, slot: int
+) -> None:
+    """Hold a row's summary to what its mid region's pages give.
+
+    Raises:
+        AssertionError: by how much it differs.
+    """
+    geometry = case.geometry
+    first, last = (x * case.page_size for x in (geometry.sink_pages, geometry.mid_end(seq_len)))
+    exact = store.completion.contribution(*kv.read_range(block_table, first, last))
+    wrong = (store.states[slot].float().sum(dim=1) - exact).norm() / exact.norm()
+    assert wrong < 2e-4, f"row {row} at {seq_len}: summary differs by {wrong:.2e}"
+
+
 def check_row(
     case: Case,
     attention: TritonAttention,
@@ -423,12 +458,8 @@ def check_row(
             unread = reference.unread_log_mass(scores, places, case.page_size)
         state = None
         if slot >= 0:
-            first, last = (x * case.page_size for x in (geometry.sink_pages, geometry.mid_end(seq_len)))
-            exact = completion.contribution(*kv.read_range(block_table, first, last))
-            planes = attention.store.states[slot]
-            wrong = (planes.float().sum(dim=1) - exact).norm() / exact.norm()
-            assert wrong < 2e-4, f"row {row}: summary differs by {wrong:.2e}"
-            state = reference.read_state(planes, completion.precise_rows)
+            check_summary(case, attention.store, kv, block_table, row, seq_len, slot)
+            state = reference.read_state(attention.store.states[slot], completion.precise_rows)
         pages = places + geometry.sink_pages
         expected, _ = reference.decode_sparse(
             q, kv, block_table, seq_len, geometry, pages, completion, state, unread
@@ -453,4 +484,10 @@ def check(case: Case, device: torch.device | str, steps: int = 1) -> float:
     runner.prefill()
     errors = [runner.decode([n + step if n else 0 for n in case.seq_lens]) for step in range(steps)]
     runner.compare_counters()
+    if case.layout.slots >= len(case.seq_lens):
+        # The prefill has left none to build but of rows that were not sparse then.
+        sparse = case.geometry.is_sparse
+        late = sum(not sparse(n - 1) and sparse(n + steps - 1) for n in case.seq_lens if n)
+        built = runner.expected_counts["summaries_built"]
+        assert built == late, f"{built} summaries were built by decodes, expected {late}"
     return max(errors)

@@ -23,7 +23,9 @@ ROW = Row(
     rc_topk_spread_us=0.8,
     usual_step_us=49.0,
     page_step_us=60.0,
-    first_step_us=1234.5,
+    first_step_us=61.5,
+    checkpoint_us=17.4,
+    rebuild_us=1234.5,
     floor_us=25.0,
     bytes_read=1,
     layers=3,
@@ -50,7 +52,8 @@ def test_bytes_of_a_dense_step_are_the_context() -> None:
 
 def test_table_states_ratio_and_multiple_of_the_floor() -> None:
     line = markdown([ROW]).splitlines()[-1]
-    assert line == "| 32K x 8 | 250.0 ± 1.5 | 50.0 ± 0.8 | 5.00 | 25.0 | 2.00 | 1234 |"
+    assert line == "| 32K x 8 | 250.0 ± 1.5 | 50.0 ± 0.8 | 5.00 | 25.0 | 2.00 | 62 | 17 | 1234 |"
+    assert "| 62 | - | 1234 |" in markdown([replace(ROW, checkpoint_us=None)])
     assert "| - | 50.0 ± 0.8 | - |" in markdown([replace(ROW, dense_us=None, dense_spread_us=None)])
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.paging import HEAD_SIZE, HEADS, Cache, as_table, geometry
@@ -106,15 +109,33 @@ class Engine:
         tables = [as_table(s.table) for s, _ in rows] + [as_table([])]  # and a padding row
         seq_lens, query_lens = [s.computed for s, _ in rows] + [0], [count for _, count in rows] + [0]
         table = torch.stack(tables)
+        held = [self.holds(s, s.computed - count) for s, count in rows]
+        without = [
+            [n if count == 1 else 0 for n, count in zip(x, query_lens, strict=True)]
+            for x in (seq_lens, query_lens)
+        ]
+        undisturbed = plan_summaries(copy.deepcopy(self.tags), self.geometry, table, *without)
         plan = plan_summaries(self.tags, self.geometry, table, seq_lens, query_lens)
         absorb_pages(self.cache.kv, table, plan, LINEAR, self.states)
         assert plan.slot[-1] == -1
         for row, (sequence, count) in enumerate(rows):
-            self.check(sequence, count, int(plan.slot[row]))
+            self.check(sequence, int(plan.slot[row]))
+            if count == 1:
+                assert (plan.slot[row] >= 0) == (undisturbed.slot[row] >= 0), (
+                    "a prefill kept a decode from a slot"
+                )
+                assert not held[row] or plan.last[row] - plan.first[row] <= 1
 
-    def check(self, sequence: Sequence, count: int, slot: int) -> None:
+    def holds(self, sequence: Sequence, seq_len: int) -> bool:
+        """Whether a slot has the summary of its mid region at this length."""
+        page, per_block = self.geometry.mid_end(seq_len) - 1, self.geometry.pages_per_block
+        if page < self.geometry.sink_pages:
+            return False
+        return self.tags.find(sequence.table[page // per_block] * per_block + page % per_block) >= 0
+
+    def check(self, sequence: Sequence, slot: int) -> None:
         seq_len = sequence.computed
-        if count != 1 or not self.geometry.is_sparse(seq_len):
+        if not self.geometry.is_sparse(seq_len):
             assert slot == -1
             return
         if slot < 0:
@@ -125,6 +146,15 @@ class Engine:
         state = self.states[slot].float().sum(dim=1)
         assert (state - expected).norm() <= 1e-3 * expected.norm()
         self.checked += 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 12))
+def test_states_are_right_whatever_happens_in_whatever_order(seed: int, slots: int) -> None:
+    torch.manual_seed(seed)
+    engine = Engine(seed, slots)
+    for _ in range(60):
+        engine.step()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -189,9 +219,43 @@ def test_a_rewritten_page_is_not_found() -> None:
     table = [0, 1, 2, 3, 4, 5]
     advance(tags, [table], [40])
     assert tags.find(7) >= 0, "its mid region ends with page 7"
-    # The same blocks, prefilled again by somebody else.
-    plan_summaries(tags, geometry(), as_table(table).unsqueeze(0), [40], [40])
+    # The same blocks, prefilled again by somebody else, to another length.
+    plan_summaries(tags, geometry(), as_table(table).unsqueeze(0), [48], [48])
     assert tags.find(7) == -1
+
+
+def test_a_prompt_in_chunks_leaves_a_page_to_its_first_decode() -> None:
+    tags, table = SummaryTags.empty(4, 80), as_table([0, 1, 2, 3, 4, 5, 6, 7]).unsqueeze(0)
+    absorbed, computed = [], 0
+    for count in (13, 1, 18, 21, 3, 1):  # a chunk of one token is a decode to the plan
+        computed += count
+        plan = plan_summaries(tags, geometry(), table, [computed], [count])
+        if plan.slot[0] >= 0:
+            absorbed.append((int(plan.source[0]) >= 0, int(plan.first[0]), int(plan.last[0])))
+    assert absorbed == [(False, 1, 6), (True, 6, 12), (True, 12, 12), (True, 12, 13)]
+
+
+def test_prefills_wait_for_slots_and_lend_theirs() -> None:
+    tags, tables = SummaryTags.empty(1, 80), torch.stack([as_table(list(range(i, i + 8))) for i in (0, 8)])
+
+    def slots(seq_lens: list[int], query_lens: list[int]) -> list[int]:
+        return plan_summaries(tags, geometry(), tables, seq_lens, query_lens).slot.tolist()
+
+    assert slots([40, 0], [40, 0]) == [0, -1]
+    assert slots([50, 0], [10, 0]) == [0, -1]
+    assert slots([60, 41], [10, 1]) == [-1, 0], "a decode has none and takes the prefill's"
+    assert slots([64, 42], [4, 1]) == [-1, 0], "a prefill takes none that a decode looks at"
+    assert slots([65, 0], [1, 0]) == [0, -1]
+
+
+def test_a_decode_advances_in_place_under_a_prefill_that_shares_its_state() -> None:
+    tags = SummaryTags.empty(1, 80)
+    tables = torch.stack([as_table([0, 1, 2, 3, 4, 5]), as_table([0, 1, 2, 3, 6, 7])])
+    plan_summaries(tags, geometry(), tables, [40, 0], [40, 0])
+    # The first decodes past its page; the second, with 32 tokens of it in the cache, prefills.
+    plan = plan_summaries(tags, geometry(), tables, [41, 48], [1, 16])
+    assert plan.slot.tolist() == [0, -1]
+    assert plan.source.tolist() == [0, -1]
 
 
 def test_two_planes_keep_sixteen_bits() -> None:

@@ -113,7 +113,7 @@ def launches(case: Case) -> Iterator[Launch]:
     query = torch.zeros(1, case.heads * case.group, case.head_size, dtype=case.dtype)
     planner = SummaryPlanner(layout.geometry, SummaryTags.empty(layout.slots, 4), 256)
     plan = planner.plan(table.view(1, -1), lengths, starts)
-    attention.update_prefill(kv_cache, table.view(1, -1), lengths, starts, 64)
+    attention.update_prefill(kv_cache, table.view(1, -1), lengths, starts, 64, plan)
     step = (query, kv_cache, table.view(1, -1), lengths, plan, query)
     attention.decode(*step)
     if work.joint(1) and case.cache_slots is None:  # both phases were one launch: each alone, too

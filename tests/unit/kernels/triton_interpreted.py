@@ -262,6 +262,42 @@ CASES = {
         1,
     ),
     "features, through a page cache": (Case(**FEATURES, seq_lens=(300, 0, 90), cache_slots=5), 3),
+    "prefilled in many chunks, each shared out among programs, head size 96, token-major blocks of several pages": (
+        Case(
+            seq_lens=(300, 0, 97, 230),
+            head_size=96,
+            head_first=False,
+            pages_per_block=4,
+            chunk=93,
+            tuning=Tuning(absorb_tokens=16, absorb_elements=4096),
+        ),
+        2,
+    ),
+    "prefilled at once, shared out among programs, fp8 cache with scales": (
+        Case(
+            **RUNS,
+            completion="paged",
+            kv_dtype=torch.float8_e4m3fn,
+            key_scale=0.5,
+            value_scale=2.0,
+            seq_lens=(900, 130),
+            heads=1,
+            chunk=1000,
+            tuning=Tuning(absorb_tokens=64),
+        ),
+        1,
+    ),
+    "features, prefilled in chunks that are shared out among programs": (
+        Case(
+            **FEATURES,
+            features=100,
+            head_size=128,
+            seq_lens=(300, 0, 180),
+            chunk=121,
+            tuning=Tuning(absorb_tokens=32),
+        ),
+        2,
+    ),
     "dense up to a threshold": (Case(dense_threshold=250, seq_lens=(200, 250, 251), heads=1), 2),
     "the budget covers the context": (Case(budget=512, heads=1), 1),
 }
@@ -345,9 +381,11 @@ def test_plans_are_those_of_the_reference() -> None:
         for row in range(rows):
             pages = int(expected.last[row] - expected.first[row])
             if expected.slot[row] >= 0 and pages:
-                found["built" if expected.source[row] < 0 else "far" if pages > 1 else "next"] += 1
+                kind = "built" if expected.source[row] < 0 else "far" if pages > 1 else "next"
+                found[kind if query_lens[row] == 1 else f"{kind} in a prefill"] += 1
         assert torch.equal(tags[0].slot_page, tags[1].slot_page)
-    assert min(found[kind] for kind in ("built", "far", "next")) >= 5, found
+    kinds = "built", "far", "next", "built in a prefill", "far in a prefill"
+    assert min(found[kind] for kind in kinds) >= 5, found
 
 
 @pytest.mark.parametrize(
