@@ -103,7 +103,7 @@ ROWS = {
         ),
         Panel(
             "Summaries built",
-            "Summed up from all pages: once for a sequence, again if its slot was taken. Many: raise summary_slots.",
+            "By decodes, from all pages: prefill left none, or its slot was taken since. Many: raise summary_slots.",
             "short",
             [Query("built", rate(f"{OURS}_summaries_built"))],
         ),

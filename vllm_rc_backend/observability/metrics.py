@@ -62,7 +62,7 @@ METRICS = (
     ),
     Metric(
         "vllm_rc_topk_summaries_built",
-        "Summaries summed up from all pages: at a sequence's first sparse decode, or after its slot was taken.",
+        "Summaries that a decode summed up from all pages, because prefill left none or its slot was taken since.",
         "summaries_built",
     ),
     Metric(

@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None:
 
 from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, make_shape
 from vllm_rc_backend.evaluation.kernel_check import Case
+from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2, "completion": "paged"}
 
@@ -89,3 +90,16 @@ def test_no_program_of_one_launch_merges_twice(heads: int) -> None:
         assert splits * work.shape.merge_rows * columns <= work.tuning.merge_elements
         if work.joint(rows):
             assert work.shape.block_d // columns <= work.attenders(rows)
+
+
+@pytest.mark.parametrize(
+    "case", [RUNS, RUNS | {"completion": "features", "features": 256}], ids=["paged", "features"]
+)
+@pytest.mark.parametrize("head_size", [64, 96, 128])
+def test_a_chunk_of_one_sequence_fills_the_gpu(case: dict[str, Any], head_size: int) -> None:
+    work = workspace(**case, heads=8, most=300, head_size=head_size)
+    assert work.absorb_tiles <= ARRIVAL.value, "a counter for each"
+    for rows in range(1, 301):
+        programs = rows * 8 * work.absorb_tiles * work.absorbers(rows)
+        assert work.absorbers(rows) == 1 or programs <= min(len(work.sums), 2 * work.processors)
+    assert 8 * work.absorb_tiles * work.absorbers(1) > 1.5 * work.processors
