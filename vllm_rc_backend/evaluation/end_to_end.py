@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -72,6 +73,7 @@ class Run:
         utilization: vLLM's ``gpu_memory_utilization``.
         repeats: slopes of each load.
         prefills: timed passes over the uncached prompts of each load.
+        skip_attention: leave out the attention of prompts, see ``leave_out_attention_of_prompts``.
     """
 
     loads: list[Load]
@@ -80,6 +82,26 @@ class Run:
     utilization: float
     repeats: int
     prefills: int
+    skip_attention: bool
+
+
+def leave_out_attention_of_prompts() -> None:
+    """In this process, for decode times at lengths whose prompts would take minutes: the KV cache is filled as ever.
+
+    With dummy weights what a prompt's layers make of it does not matter, and attention is nearly all of its time.
+    """
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    attention = FlashAttentionImpl.forward
+
+    def forward(*call: Any, **named: Any) -> Any:
+        metadata, output = (*call, named.get("output"))[6:8]  # after self, layer, query, key, value and cache
+        if metadata is not None and metadata.max_query_len > 1:
+            return output.zero_()
+        return attention(*call, **named)
+
+    FlashAttentionImpl.forward = forward
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must live in this process
 
 
 def empty_prefix_cache(llm: Any) -> None:
@@ -97,6 +119,8 @@ def empty_prefix_cache(llm: Any) -> None:
 
 def measure(backend: str, run: Run) -> Any:
     """Run all loads on one backend in this process. Times in milliseconds, spreads from the least to the greatest."""
+    if run.skip_attention:
+        leave_out_attention_of_prompts()
     from vllm import LLM, SamplingParams
 
     longest = max(load.context for load in run.loads) + LONG + 64
@@ -138,8 +162,8 @@ def measure(backend: str, run: Run) -> Any:
             {
                 "context": load.context,
                 "batch": load.batch,
-                "prefill_ms": statistics.median(prefills),
-                "prefill_ms_spread": max(prefills) - min(prefills),
+                "prefill_ms": statistics.median(prefills) if prefills else None,
+                "prefill_ms_spread": max(prefills) - min(prefills) if prefills else None,
                 "token_ms": statistics.median(slopes),
                 "token_ms_spread": max(slopes) - min(slopes),
             }
@@ -156,6 +180,7 @@ def compare(run: Run) -> list[dict[str, Any]]:
         arguments = ["--backend", backend, "--options", json.dumps(run.options)]
         arguments += ["--gpu-memory-utilization", str(run.utilization), "--layers", str(run.layers)]
         arguments += ["--repeats", str(run.repeats), "--prefills", str(run.prefills)]
+        arguments += ["--skip-attention-of-prompts"] if run.skip_attention else []
         arguments += ["--loads", *(f"{load.context}x{load.batch}" for load in run.loads)]
         found[backend] = run_child(__spec__.name, arguments)
     dense, ours = (found[backend] for backend in BACKENDS)
@@ -168,8 +193,10 @@ def compare(run: Run) -> list[dict[str, Any]]:
             "spread_ms": max(d["token_ms_spread"], o["token_ms_spread"]),
             "dense_prefill_ms": d["prefill_ms"],
             "rc_topk_prefill_ms": o["prefill_ms"],
-            "prefill_ratio": o["prefill_ms"] / d["prefill_ms"],
-            "prefill_spread_ms": max(d["prefill_ms_spread"], o["prefill_ms_spread"]),
+            "prefill_ratio": o["prefill_ms"] / d["prefill_ms"] if run.prefills else None,
+            "prefill_spread_ms": max(d["prefill_ms_spread"], o["prefill_ms_spread"])
+            if run.prefills
+            else None,
             "layers": run.layers,
             "dense_kv_tokens": dense["kv_tokens"],
             "rc_topk_kv_tokens": ours["kv_tokens"],
@@ -185,12 +212,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| rc_topk prefill, ms | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r['context']} x {r['batch']} | {r['dense_token_ms']:.2f} | {r['rc_topk_token_ms']:.2f} | "
-        f"{r['ratio']:.2f} | {r['dense_prefill_ms']:.0f} | {r['rc_topk_prefill_ms']:.0f} ± "
-        f"{r['prefill_spread_ms']:.0f} | {r['prefill_ratio']:.3f} |"
-        for r in rows
-    ]
+    for r in rows:
+        prefill = "- | - | -"
+        if r["prefill_ratio"] is not None:
+            prefill = f"{r['dense_prefill_ms']:.0f} | {r['rc_topk_prefill_ms']:.0f} ± "
+            prefill += f"{r['prefill_spread_ms']:.0f} | {r['prefill_ratio']:.3f}"
+        lines.append(
+            f"| {r['context']} x {r['batch']} | {r['dense_token_ms']:.2f} | {r['rc_topk_token_ms']:.2f} | "
+            f"{r['ratio']:.2f} | {prefill} |"
+        )
     return "\n".join(lines)
 
 
@@ -203,10 +233,25 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--prefills", type=int, default=5)
+    parser.add_argument("--prefills", type=int, default=5, help="timed; 0 to time decoding alone")
+    parser.add_argument(
+        "--skip-attention-of-prompts",
+        action="store_true",
+        help="for decode times at very long contexts: prompts take seconds then, and mean nothing (with --prefills 0)",
+    )
     parser.add_argument("--write", type=Path, required=True, help="the file for what was found, as JSON")
     args = parser.parse_args()
-    run = Run(args.loads, args.options, args.layers, args.gpu_memory_utilization, args.repeats, args.prefills)
+    if args.skip_attention_of_prompts and args.prefills:
+        parser.error("--skip-attention-of-prompts leaves nothing to time of a prefill: add --prefills 0")
+    run = Run(
+        loads=args.loads,
+        options=args.options,
+        layers=args.layers,
+        utilization=args.gpu_memory_utilization,
+        repeats=args.repeats,
+        prefills=args.prefills,
+        skip_attention=args.skip_attention_of_prompts,
+    )
     found = measure(args.backend, run) if args.backend else compare(run)
     args.write.write_text(json.dumps(found, indent=1))
     if not args.backend:
