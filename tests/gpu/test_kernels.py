@@ -164,6 +164,18 @@ CASES = {
     ),
     "budget covers the context": Case(budget=600, seq_lens=RAGGED),
     "many rows": Case(seq_lens=tuple(range(40, 520, 8)), heads=1),
+    "long chunks, each shared out among programs": Case(
+        **RUNS, completion="paged", head_size=128, seq_lens=(9000, 700, 0, 5003), heads=8, chunk=4001
+    ),
+    "long chunks, head size 256, fp8": Case(
+        **FP8, head_size=256, statistics_bits=8, seq_lens=(9000,), heads=4, chunk=9000
+    ),
+    "long chunks, features": Case(
+        **FEATURES, head_size=128, features=128, seq_lens=(7000, 3000), heads=8, chunk=4001
+    ),
+    "long chunks, 256 features": Case(
+        **FEATURES, head_size=128, features=256, seq_lens=(7000,), heads=2, chunk=4001
+    ),
 }
 
 
@@ -212,6 +224,24 @@ def test_graph_replay_follows_changing_lengths(completion: str, rule: str) -> No
 
 
 @pytest.mark.parametrize("options", [{}, SHARE], ids=["box", "share"])
+@pytest.mark.parametrize("completion", ["paged", "features"])
+def test_a_chunks_summary_is_the_same_every_time(completion: str) -> None:
+    """Whatever order the programs that share a chunk out arrive in."""
+    case = Case(**RUNS, completion=completion, head_size=128, seq_lens=(9000, 4000), heads=8)
+    runner = Runner(case, "cuda")
+    lengths = list(case.seq_lens)
+    runner.extend(lengths, lengths)
+    assert runner.planner is not None
+    plan, states = runner.planner.current, runner.store.states
+    assert plan.slot.tolist() == [0, 1]
+    assert runner.workspace.absorbers(2) > 1
+    first = states.clone()
+    for _ in range(20):
+        states[:2] = torch.nan
+        runner.attention.absorb(runner.kv_cache, runner.block_table, plan)
+        assert torch.equal(states[:2], first[:2])
+
+
 def test_ties_go_to_the_earlier_page(options: dict[str, Any]) -> None:
     for max_model_len in (1024, 70_000):
         case = Case(**options, seq_lens=(900,), heads=1, max_model_len=max_model_len)

@@ -32,13 +32,19 @@ CASES = {
         statistics_bits=2,
         completion="linear",
         seq_lens=(6000, 700),
+        chunk=3000,
         budget=150,
         max_model_len=70_000,
         heads=1,
     ),
     "box": Case(seq_lens=(500, 1, 0, 131), statistics_bits=8, slots=1),
     "features": Case(
-        selection="runs", statistics_bits=2, completion="features", seq_lens=(500, 1, 0, 131), features=40
+        selection="runs",
+        statistics_bits=2,
+        completion="features",
+        seq_lens=(2500, 1, 0, 131),
+        chunk=1500,
+        features=40,
     ),
     "page cache": Case(
         selection="runs", statistics_bits=2, completion="paged", seq_lens=(500, 1, 0, 131), cache_slots=20

@@ -540,7 +540,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     try:
         error = check(
-            replace(case, seq_lens=(8 * K, 1, 0, 2 * K, 12 * K + 5), max_model_len=16 * K), device, 3
+            replace(case, seq_lens=(8 * K, 1, 0, 2 * K, 12 * K + 5), chunk=3 * K + 5, max_model_len=16 * K),
+            device,
+            3,
         )
     except AssertionError as failure:
         print(
