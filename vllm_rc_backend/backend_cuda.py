@@ -211,6 +211,7 @@ def reserve_workspaces(vllm_config: Any) -> None:
 
 def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
     """Make the layers' attention objects, now that the block size of their block table is known."""
+    compat.let_compile_hooks_pass()
     impls = {name: layer.impl for name, layer in compat.attention_layers(vllm_config).items()}
     for name, layer in layers.items():
         assert layer.store is not None

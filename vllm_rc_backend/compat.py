@@ -63,6 +63,29 @@ def register_models(models: dict[str, str]) -> None:
             ModelRegistry.register_model(architecture, path)
 
 
+def let_compile_hooks_pass() -> None:
+    """Let our kernels be compiled while a Triton compile hook is set, as vLLM sets one once it serves. Idempotent.
+
+    Triton describes a kernel to hooks as JSON and fails with constants that are objects, such as ``Shape``; a request
+    that needs a kernel anew would end the engine. vLLM does the same from 0.33 on; its hook ignores the description.
+    """
+    from triton.runtime import jit
+
+    original = jit.serialize_specialization_data
+    if getattr(original, "serves_rc_topk", False):
+        return
+
+    @functools.wraps(original)
+    def serialize_specialization_data(*args: Any, **kwargs: Any) -> str | None:
+        try:
+            return str(original(*args, **kwargs))
+        except TypeError:
+            return None
+
+    serialize_specialization_data.serves_rc_topk = True  # type: ignore[attr-defined]
+    jit.serialize_specialization_data = serialize_specialization_data
+
+
 def let_cpu_platform_choose(member: Any) -> None:
     """Let vLLM's CPU platform take this backend: it ignores the flag otherwise. Only there, only for this member."""
     from vllm.platforms import current_platform

@@ -135,6 +135,7 @@ def measure(backend: str, run: Run) -> Any:
             max_model_len=longest,
             max_num_seqs=max(load.batch for load in run.loads),
             gpu_memory_utilization=run.utilization,
+            compilation_config={"cudagraph_capture_sizes": sorted({load.batch for load in run.loads})},
             enable_prefix_caching=True,
             disable_log_stats=True,
         )
