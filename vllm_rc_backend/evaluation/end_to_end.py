@@ -86,7 +86,8 @@ class Run:
 
 
 def leave_out_attention_of_prompts() -> None:
-    """In this process, for decode times at lengths whose prompts would take minutes: the KV cache is filled as ever.
+    """In this process and its children, for decode times at lengths whose prompts would take minutes: the KV cache is
+    filled as ever.
 
     With dummy weights what a prompt's layers make of it does not matter, and attention is nearly all of its time.
     """
@@ -101,7 +102,7 @@ def leave_out_attention_of_prompts() -> None:
         return attention(*call, **named)
 
     FlashAttentionImpl.forward = forward
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must live in this process
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"  # so that the engine's process has it, too
 
 
 def empty_prefix_cache(llm: Any) -> None:
