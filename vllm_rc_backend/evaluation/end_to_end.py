@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -86,7 +85,7 @@ class Run:
 
 
 def leave_out_attention_of_prompts() -> None:
-    """In this process and its children, for decode times at lengths whose prompts would take minutes: the KV cache is
+    """In this process and those it forks, for decode times at lengths whose prompts would take minutes: the KV cache is
     filled as ever.
 
     With dummy weights what a prompt's layers make of it does not matter, and attention is nearly all of its time.
@@ -102,7 +101,6 @@ def leave_out_attention_of_prompts() -> None:
         return attention(*call, **named)
 
     FlashAttentionImpl.forward = forward
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"  # so that the engine's process has it, too
 
 
 def empty_prefix_cache(llm: Any) -> None:
