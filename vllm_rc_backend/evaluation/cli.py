@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_rc_backend.completion import COMPLETIONS
 from vllm_rc_backend.completion.feature_file import FeatureFile, fingerprint
-from vllm_rc_backend.config import GROUP_RULES, OptionError, RCTopKConfig, default_completion
+from vllm_rc_backend.config import RCTopKConfig, default_completion
 from vllm_rc_backend.doctor import ModelFacts
 from vllm_rc_backend.evaluation.diagnostics import diagnose
 from vllm_rc_backend.evaluation.grid import DENSE, Case, Journal, Selection, Shapes, cases, published, row
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         "sizes": vars(sizes) | {"batch": None},
         "sink_tokens": RCTopKConfig.sink_tokens,
         "tail_tokens": RCTopKConfig.tail_tokens,
-        "group_rule": options.group_rule,
+        "group_rule": RCTopKConfig.group_rule,
     }
     file = FeatureFile.load(options.features_file, fingerprint(config)) if options.features_file else None
     run = _by_engine if options.engine else _by_reference
@@ -71,7 +71,7 @@ def _by_reference(
     journal = Journal(options.out / ROWS, header)
     model = Llama(options.model, options.device)
     features = [maps.to(model.device) for maps in file.layers] if file else None
-    shapes = Shapes(model.layers, model.heads, model.head_size, features, options.group_rule)
+    shapes = Shapes(model.layers, model.heads, model.head_size, features)
     groups = [(context, task) for context in options.contexts for task in options.tasks]
     grid = (options.budgets, options.selections, options.completions)
     with Progress(console=console, transient=True) as bars:
@@ -114,8 +114,7 @@ def _by_engine(
         options.out / ROWS, header | {"vllm": engine.VERSION, "engine_args": options.engine_args}
     )
     facts = ModelFacts.read(str(options.model))
-    maps = file.layers if file else None
-    shapes = Shapes(facts.layers, facts.kv_heads, facts.head_size, maps, options.group_rule)
+    shapes = Shapes(facts.layers, facts.kv_heads, facts.head_size, file.layers if file else None)
     with Progress(console=console, transient=True) as bars:
         bar = bars.add_task("measuring", total=None)
         for context in options.contexts:
@@ -138,7 +137,7 @@ def _by_engine(
                 tasks = [task for task in drawn if is_dense or setting in left[task]]
                 if not tasks:
                     continue
-                backend = None if is_dense else setting.options(options.features_file, options.group_rule)
+                backend = None if is_dense else setting.options(options.features_file)
                 bars.update(bar, description=f"{context}: {setting.selection}, {setting.completion}")
                 with engine.start(options.model, backend, context, sizes.batch, options.engine_args) as llm:
                     for task in tasks:
@@ -213,7 +212,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--selections",
         type=many(lambda text: str(Selection.parse(text))),
         default=[RCTopKConfig.selection],
-        help="page scores as name[:weight][@bits][/page_size], such as box:1@8 (default: the shipped one)",
+        help="page scores as name[:weight][@bits][/page_size][+group_rule], such as box:1@8 or runs+share (default: "
+        "the shipped one)",
     )
     add(
         "--completions",
@@ -221,12 +221,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         default=["none", default_completion(RCTopKConfig.selection)],
         help=f"of features, {', '.join(sorted(COMPLETIONS))} (default none,"
         f"{default_completion(RCTopKConfig.selection)})",
-    )
-    add(
-        "--group-rule",
-        choices=GROUP_RULES,
-        default=RCTopKConfig.group_rule,
-        help="how the scores of query heads that share a KV head become one (default %(default)s)",
     )
     add("--features-file", type=Path, help="from rc-topk calibrate, for --completions features")
     add(
@@ -279,11 +273,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--tasks: {task!r} is not one of {', '.join({**dict.fromkeys(ALL_TASKS), **NEEDLES})}"
             )
-    for selection in options.selections:
-        try:
-            Selection.parse(selection).options(budget=0.5, group_rule=options.group_rule)
-        except OptionError as error:
-            parser.error(f"--group-rule: {error}")
     for completion in options.completions:
         if completion not in {"features", *COMPLETIONS}:
             parser.error(f"--completions: {completion!r} is not one of features, {', '.join(COMPLETIONS)}")

@@ -26,26 +26,35 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Selection:
-    """A page score as the options of an engine would have it; written ``name[:weight][@bits][/page_size]``."""
+    """Page scores as the options of an engine would have them.
+
+    Written ``name[:weight][@bits][/page_size][+group_rule]``.
+    """
 
     name: str
     weight: float | None = None
     bits: int | None = None
     page_size: int = 16
+    group_rule: str = RCTopKConfig.group_rule
 
     @classmethod
     def parse(cls, text: str) -> Selection:
-        """From its written form, such as ``box:1@8/32``."""
-        rest, _, page = text.partition("/")
+        """From its written form, such as ``box:1@8/32`` or ``runs+share``."""
+        rest, _, rule = text.partition("+")
+        rest, _, page = rest.partition("/")
         rest, _, bits = rest.partition("@")
         name, _, weight = rest.partition(":")
         selection = cls(
-            name, float(weight) if weight else None, int(bits) if bits else None, int(page) if page else 16
+            name,
+            float(weight) if weight else None,
+            int(bits) if bits else None,
+            int(page) if page else 16,
+            rule or RCTopKConfig.group_rule,
         )
         selection.options(budget=0.5)  # refuses what an engine would refuse
-        if name == SnapKV.name and (weight or bits):
+        if name == SnapKV.name and (weight or bits or rule):
             raise ValueError(
-                f"selection {text}: {name} keeps no statistics and has no weight; give {name} alone"
+                f"selection {text}: {name} keeps no statistics and has no weight or group rule; give {name} alone"
             )
         return selection
 
@@ -62,6 +71,7 @@ class Selection:
             selection_weight=self.weight,
             statistics_bits=self.bits,
             page_size=self.page_size,
+            group_rule=self.group_rule,
             sink_tokens=sink,
             **{"completion": "none", **others},
         )
@@ -69,7 +79,9 @@ class Selection:
     def __str__(self) -> str:
         weight = "" if self.weight is None else f":{self.weight:g}"
         bits = "" if self.bits is None else f"@{self.bits}"
-        return f"{self.name}{weight}{bits}" + ("" if self.page_size == 16 else f"/{self.page_size}")
+        page = "" if self.page_size == 16 else f"/{self.page_size}"
+        rule = "" if self.group_rule == RCTopKConfig.group_rule else f"+{self.group_rule}"
+        return f"{self.name}{weight}{bits}{page}{rule}"
 
 
 @dataclass(frozen=True)
@@ -82,14 +94,13 @@ class Case:
     selection: str
     completion: str
 
-    def options(self, features_file: Path | None, group_rule: str) -> RCTopKConfig:
+    def options(self, features_file: Path | None = None) -> RCTopKConfig:
         """The engine's options for it; refuses what an engine would refuse."""
         learned = self.completion == LEARNED
         return Selection.parse(self.selection).options(
             budget=int(self.context * self.budget),
             completion=self.completion,
             features_file=str(features_file) if learned else None,
-            group_rule=group_rule,
         )
 
 
@@ -110,13 +121,12 @@ def cases(
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a setting needs to know about the model, and the group rule of all settings."""
+    """What a setting needs to know about the model."""
 
     layers: int
     heads: int
     head_size: int
     features: list[Features] | None
-    group_rule: str = RCTopKConfig.group_rule
 
     def completions(self, name: str) -> list[Completion]:
         """One per layer."""
@@ -128,7 +138,7 @@ class Shapes:
     def settings(self, case: Case) -> list[Setting]:
         """One setting per layer."""
         selection = Selection.parse(case.selection)
-        options = selection.options(budget=int(case.context * case.budget), group_rule=self.group_rule)
+        options = selection.options(budget=int(case.context * case.budget))
         geometry = options.geometry()
         policy = SnapKV() if selection.name == SnapKV.name else make_policy(selection.name, selection.weight)
         return [

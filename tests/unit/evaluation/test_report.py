@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_rc_backend.evaluation.cli import main
-from vllm_rc_backend.evaluation.grid import Case, Journal, Selection, Shapes
+from vllm_rc_backend.evaluation.grid import Case, Journal, Selection, Shapes, published
 from vllm_rc_backend.evaluation.measure import Estimate
 from vllm_rc_backend.evaluation.report import matched_reads
 
@@ -30,18 +30,38 @@ def test_the_interval_of_a_mean_covers_it() -> None:
     assert 265 <= covered <= 299
 
 
-@pytest.mark.parametrize("text", ["box", "box:1@8", "runs@2/32", "mean_var:0.25", "snapkv"])
+@pytest.mark.parametrize("text", ["box", "box:1@8", "runs@2/32", "runs+share", "box:1@8/32+sum", "snapkv"])
 def test_a_selection_is_read_as_it_is_written(text: str) -> None:
     assert str(Selection.parse(text)) == text
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("box@2", "statistics_bits"), ("snapkv@8", "keeps no statistics"), ("snapkv:1", "weight")],
+    [
+        ("box@2", "statistics_bits"),
+        ("box+share", "group_rule"),
+        ("snapkv@8", "keeps no statistics"),
+        ("snapkv:1", "weight"),
+        ("snapkv+sum", "group rule"),
+    ],
 )
 def test_a_selection_that_cannot_be_is_refused(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Selection.parse(text)
+
+
+def test_a_group_rule_is_part_of_a_selection() -> None:
+    shapes = Shapes(layers=1, heads=2, head_size=128, features=None)
+    assert shapes.settings(Case(8192, "held_out", 1 / 32, "runs+share", "none"))[0].group_rule == "share"
+    assert Case(8192, "held_out", 1 / 32, "runs+share", "paged").options().group_rule == "share"
+    assert str(Selection.parse("runs+max")) == "runs"
+    entry = {"selection": "runs+share", "completion": "paged"}
+    assert published(entry) == {
+        "selection": "runs+share",
+        "completion": "default",
+        "estimator": "paged",
+        "default_selection": False,
+    }
 
 
 def test_snapkv_reads_what_was_decoded_since_the_prompt() -> None:
