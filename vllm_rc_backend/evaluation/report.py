@@ -139,19 +139,21 @@ def diagnosis_tables(entry: dict[str, Any]) -> str:
 def plot(rows: list[Row], path: Path) -> None:
     """KL on held-out text, and mean score of the other tasks, against token-equivalents; a column per context.
 
-    The mean is over the tasks that a setting was measured on.
+    The mean needs every task of its context: a setting that lacks one could not be compared with the others.
     """
     contexts = _distinct(rows, "context")
     labels = list(dict.fromkeys(_label(r) for r in rows))
-    colors = dict(zip(labels, itertools.cycle(mpl.colormaps["tab20"](range(20))), strict=False))
+    palette = (mpl.colormaps[name](i) for name in ("tab20", "tab20b", "tab20c") for i in range(20))
+    colors = dict(zip(labels, itertools.cycle(palette), strict=False))
     figure, axes = pyplot.subplots(
         2, len(contexts), figsize=(6 * len(contexts), 9), squeeze=False, layout="constrained"
     )
     for column, context in enumerate(contexts):
         here = [r for r in rows if r["context"] == context]
         top, bottom = axes[0][column], axes[1][column]
+        tasks = len({r["task"] for r in here} - {HELD_OUT})
         for label in labels:
-            _draw(top, bottom, [r for r in here if _label(r) == label], label, colors[label])
+            _draw(top, bottom, [r for r in here if _label(r) == label], tasks, label, colors[label])
         top.set(
             title=f"{context} tokens", xscale="log", yscale="log", ylabel="KL(dense || sparse), held-out text"
         )
@@ -168,7 +170,7 @@ def _label(row: Row) -> str:
     return DENSE if row["selection"] == DENSE else f"{row['selection']}, {row['completion']}"
 
 
-def _draw(top: Any, bottom: Any, rows: list[Row], label: str, color: Any) -> None:
+def _draw(top: Any, bottom: Any, rows: list[Row], tasks: int, label: str, color: Any) -> None:
     text = sorted((r["token_equivalents"], r["kl"], *r["kl_interval"]) for r in rows if r["task"] == HELD_OUT)
     if text and label != DENSE:
         x, y, low, high = zip(*text, strict=True)
@@ -178,8 +180,9 @@ def _draw(top: Any, bottom: Any, rows: list[Row], label: str, color: Any) -> Non
     for r in rows:
         if r["task"] != HELD_OUT:
             scores.setdefault(r["token_equivalents"], []).append(r["score"])
-    if scores:
-        x, y = zip(*sorted((k, sum(v) / len(v)) for k, v in scores.items()), strict=True)
+    means = sorted((tokens, sum(v) / tasks) for tokens, v in scores.items() if len(v) == tasks)
+    if means:
+        x, y = zip(*means, strict=True)
         bottom.plot(x, y, marker="o", label=label, color=color)
 
 
