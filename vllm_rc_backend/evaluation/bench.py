@@ -138,14 +138,18 @@ class Layers:
             plan = None if self.case.completion == "none" else planner.plan(table, lengths, starts)
             attention.update_prefill(self.pool, table, lengths, starts, count, plan)
 
-    def checkpoint(self) -> None:
-        """What summaries add to the last chunk of each layer's first sequence; spoils its summary."""
+    def checkpoint(self) -> Callable[[], None]:
+        """What summaries add to the last chunk of each layer's first sequence; a call of it spoils its summary."""
         geometry = self.case.geometry
         ends = [geometry.mid_end(n) for n in (max(self.first_len - 1 - CHUNK, 0), self.first_len - 1)]
-        slot, source, first, last = torch.tensor([[0], [0], *([n] for n in ends)], dtype=torch.int32)
-        plan = SummaryPlan(*(x.to(self.pool.device) for x in (slot, source, first, last)))
-        for attention, table in zip(self.attentions, self.block_tables, strict=True):
-            attention.absorb(self.pool, table[:1], plan)
+        rows = torch.tensor([[0], [0], *([n] for n in ends)], dtype=torch.int32, device=self.pool.device)
+        plan = SummaryPlan(*rows)
+
+        def absorb() -> None:
+            for attention, table in zip(self.attentions, self.block_tables, strict=True):
+                attention.absorb(self.pool, table[:1], plan)
+
+        return absorb
 
     def forget(self) -> None:
         """Lose all summaries."""
@@ -322,7 +326,7 @@ def measure(
     first = capture(lambda: layers.step(first_lengths, plans))
     calls: dict[str, Callable[[], object]] = {"first": first.replay}
     if layout.slots:
-        calls["checkpoint"] = capture(layers.checkpoint).replay
+        calls["checkpoint"] = capture(layers.checkpoint()).replay
     seconds = time_calls(calls, repeats)
     layers.forget()
     plans = layers.plan(layers.first_len)
