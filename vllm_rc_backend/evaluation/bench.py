@@ -8,11 +8,7 @@ model's other layers would have pushed out.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_rc_backend import __version__
 from vllm_rc_backend.attention_triton import (
     COMPLETIONS,
     GROUP_RULES,
@@ -34,6 +29,7 @@ from vllm_rc_backend.attention_triton import (
 )
 from vllm_rc_backend.completion import LEARNED
 from vllm_rc_backend.config import RCTopKConfig, default_completion
+from vllm_rc_backend.evaluation.environment import command_line, environment, update_results
 from vllm_rc_backend.evaluation.kernel_check import Case, check, check_row
 from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags, check_group_rule
 from vllm_rc_backend.selection import POLICIES, make_policy
@@ -385,36 +381,6 @@ def make_pool(case: Case, tokens: int, device: torch.device) -> Tensor:
     return pool if case.head_first else pool.transpose(1, 2)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What the figures depend on."""
-    import triton
-
-    found = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["rc-topk", "bench", *_without_paths(sys.argv[2:])]),
-        "gpu": torch.cuda.get_device_name(device),
-        "vllm_rc_backend": __version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-    }
-    try:
-        import vllm
-
-        found["vllm"] = vllm.__version__
-    except ImportError:
-        found["vllm"] = "not installed: no dense figures"
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
-    smi = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
-    try:
-        found["driver, SM clock, memory clock, highest SM clock"] = subprocess.run(
-            smi, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        found["driver and clocks"] = f"unknown: {error}"
-    return found
-
-
 def markdown(rows: list[Row]) -> str:
     """The decode table."""
     lines = [
@@ -457,15 +423,6 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path)
 
 
-def write_results(path: Path, rows: list[Row], about: dict[str, object]) -> None:
-    """Update ``decode`` in the results file; what other commands wrote there stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results["decode"] = [asdict(r) for r in rows]
-    results["decode_environment"] = about
-    path.write_text(json.dumps(results, indent=2) + "\n")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--query-heads", type=int, default=32)
@@ -497,12 +454,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/results/decode.png"))
-
-
-def _without_paths(arguments: list[str]) -> list[str]:
-    """The options that a result depends on: all but where it is written to."""
-    paths = [i for i, argument in enumerate(arguments) if argument in ("--output", "--plot")]
-    return [argument for i, argument in enumerate(arguments) if not {i, i - 1} & set(paths)]
 
 
 def _names() -> list[str]:
@@ -572,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     maps = f"{case.features} random " if case.completion == LEARNED else ""
     about: dict[str, object] = {
-        **environment(device),
+        **environment(device, command_line("rc-topk bench", sys.argv[2:])),
         "copy_gb_per_s": round(bandwidth / 1e9),
         "shape": f"{options.query_heads} query heads, {case.heads} KV heads, head size {case.head_size}, bfloat16, "
         f"pages of {case.page_size}, {options.layout}, budget {case.budget:g}, "
@@ -584,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"- {name}: {value}")
     print()
     print(markdown(rows))
-    write_results(options.output, rows, about)
+    update_results(options.output, decode=[asdict(row) for row in rows], decode_environment=about)
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(rows, options.plot)
     return 0

@@ -4,6 +4,8 @@ Dummy weights in the shape of Llama-3.1-8B. Each backend runs in a process of it
 machine. The time per output token is the slope between two output lengths over prompts whose prefix is cached, so that
 prefill, sampling set-up and tokenisation drop out. The prefill time is the median of several passes of one token with
 an empty prefix cache, after one that is not timed: whatever is compiled or tuned at first use is in that.
+
+On a machine with two GPUs each backend can have its own: run both with --backend, then --join what they wrote.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_rc_backend.evaluation.child import run_child
+from vllm_rc_backend.evaluation.environment import command_line, environment, update_results
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,6 +44,7 @@ LLAMA_8B = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
+MODULE = "vllm_rc_backend.evaluation.end_to_end"
 BACKENDS = ("FLASH_ATTN", "RC_TOPK")
 SHORT, LONG = 16, 80
 """Output lengths whose difference gives the time per token."""
@@ -170,7 +176,15 @@ def measure(backend: str, run: Run) -> Any:
         )
         print(json.dumps({"backend": backend, **rows[-1]}), file=sys.stderr, flush=True)
     cache = llm.llm_engine.vllm_config.cache_config
-    return {"rows": rows, "kv_tokens": cache.num_gpu_blocks * cache.block_size}
+    return {
+        "rows": rows,
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        "layers": run.layers,
+        "options": run.options,
+        "environment": environment(
+            torch.device("cuda", 0), command_line(f"python -m {MODULE}", sys.argv[1:])
+        ),
+    }
 
 
 def compare(run: Run) -> list[dict[str, Any]]:
@@ -182,27 +196,48 @@ def compare(run: Run) -> list[dict[str, Any]]:
         arguments += ["--repeats", str(run.repeats), "--prefills", str(run.prefills)]
         arguments += ["--skip-attention-of-prompts"] if run.skip_attention else []
         arguments += ["--loads", *(f"{load.context}x{load.batch}" for load in run.loads)]
-        found[backend] = run_child(__spec__.name, arguments)
-    dense, ours = (found[backend] for backend in BACKENDS)
-    return [
-        asdict(load)
-        | {
-            "dense_token_ms": d["token_ms"],
-            "rc_topk_token_ms": o["token_ms"],
-            "ratio": d["token_ms"] / o["token_ms"],
-            "spread_ms": max(d["token_ms_spread"], o["token_ms_spread"]),
-            "dense_prefill_ms": d["prefill_ms"],
-            "rc_topk_prefill_ms": o["prefill_ms"],
-            "prefill_ratio": o["prefill_ms"] / d["prefill_ms"] if run.prefills else None,
-            "prefill_spread_ms": max(d["prefill_ms_spread"], o["prefill_ms_spread"])
-            if run.prefills
-            else None,
-            "layers": run.layers,
-            "dense_kv_tokens": dense["kv_tokens"],
-            "rc_topk_kv_tokens": ours["kv_tokens"],
-        }
-        for load, d, o in zip(run.loads, dense["rows"], ours["rows"], strict=True)
-    ]
+        found[backend] = run_child(MODULE, arguments)
+    return join(*(found[backend] for backend in BACKENDS))
+
+
+def join(dense: dict[str, Any], ours: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each load from what ``measure`` has found on either backend."""
+    rows = []
+    for d, o in zip(dense["rows"], ours["rows"], strict=True):
+        prefilled = None not in (d["prefill_ms"], o["prefill_ms"])
+        rows.append(
+            {
+                "context": d["context"],
+                "batch": d["batch"],
+                "layers": ours["layers"],
+                "dense_token_ms": d["token_ms"],
+                "rc_topk_token_ms": o["token_ms"],
+                "ratio": d["token_ms"] / o["token_ms"],
+                "spread_ms": max(d["token_ms_spread"], o["token_ms_spread"]),
+                "dense_prefill_ms": d["prefill_ms"],
+                "rc_topk_prefill_ms": o["prefill_ms"],
+                "prefill_ratio": o["prefill_ms"] / d["prefill_ms"] if prefilled else None,
+                "prefill_spread_ms": max(d["prefill_ms_spread"], o["prefill_ms_spread"])
+                if prefilled
+                else None,
+                "dense_kv_tokens": dense["kv_tokens"],
+                "rc_topk_kv_tokens": ours["kv_tokens"],
+                "options": ours["options"],
+                "environment": ours["environment"],
+            }
+        )
+    return rows
+
+
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into a results file, in place of those of the same load and model that it has."""
+    held = json.loads(path.read_text()).get("end_to_end", []) if path.exists() else []
+
+    def load(row: dict[str, Any]) -> tuple[int, ...]:
+        return row["layers"], row["context"], row["batch"]
+
+    new = {load(row) for row in rows}
+    update_results(path, end_to_end=[row for row in held if load(row) not in new] + rows)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -225,7 +260,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Both backends, or one for ``compare``."""
+    """Both backends, one of them, or what was found of either."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=BACKENDS, help="one of them, in this process; default: both")
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=list(DEFAULT_LOADS))
@@ -239,8 +274,23 @@ def main() -> None:
         action="store_true",
         help="for decode times at very long contexts: prompts take seconds then, and mean nothing (with --prefills 0)",
     )
-    parser.add_argument("--write", type=Path, required=True, help="the file for what was found, as JSON")
+    parser.add_argument("--write", type=Path, help="with --backend: the file for what was found, as JSON")
+    parser.add_argument(
+        "--join",
+        nargs=2,
+        type=Path,
+        metavar=("DENSE", "OURS"),
+        help="measure nothing: what --backend FLASH_ATTN and --backend RC_TOPK wrote",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs/results/performance.json"),
+        help="the results file whose rows of these loads are replaced (default %(default)s)",
+    )
     args = parser.parse_args()
+    if bool(args.backend) != bool(args.write):
+        parser.error("--backend and --write go together: one backend's figures go into a file of their own")
     if args.skip_attention_of_prompts and args.prefills:
         parser.error("--skip-attention-of-prompts leaves nothing to time of a prefill: add --prefills 0")
     run = Run(
@@ -252,10 +302,12 @@ def main() -> None:
         prefills=args.prefills,
         skip_attention=args.skip_attention_of_prompts,
     )
-    found = measure(args.backend, run) if args.backend else compare(run)
-    args.write.write_text(json.dumps(found, indent=1))
-    if not args.backend:
-        print(markdown(found))
+    if args.backend:
+        args.write.write_text(json.dumps(measure(args.backend, run), indent=1))
+        return
+    rows = join(*(json.loads(path.read_text()) for path in args.join)) if args.join else compare(run)
+    keep(args.output, rows)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from vllm_rc_backend.evaluation.bench import TABLE, K, Row, bytes_read, main, markdown, write_results
+from vllm_rc_backend.evaluation.bench import TABLE, K, Row, bytes_read, main, markdown
+from vllm_rc_backend.evaluation.environment import update_results
 from vllm_rc_backend.evaluation.kernel_check import Case
 
 LAYER = Case(heads=8, head_size=128, sink_tokens=16, tail_tokens=64, budget=2048, statistics_bits=8)
@@ -61,10 +62,8 @@ def test_results_of_other_commands_stay(tmp_path: Path) -> None:
     path = tmp_path / "results" / "performance.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"end_to_end": [1], "decode": ["old"]}))
-    write_results(path, [ROW], {"gpu": "one"})
-    found = json.loads(path.read_text())
-    assert found["end_to_end"] == [1]
-    assert [(r["context"], r["batch"], r["rc_topk_us"]) for r in found["decode"]] == [(32 * K, 8, 50.0)]
+    update_results(path, decode=["new"])
+    assert json.loads(path.read_text()) == {"end_to_end": [1], "decode": ["new"]}
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
