@@ -132,8 +132,9 @@ RAY = """\
 
 vLLM's CPU platform does not support Ray: its `ray_device_key` is empty, and `initialize_ray_cluster` ends with
 `current platform cpu does not support ray`. The tests set it to `GPU` in every process and give Ray two logical GPUs,
-which Ray only counts; then both of vLLM's Ray executors run as on a GPU machine. X The counters of Ray's actors are on `/metrics` where rank 0 runs on the node of the
-API server, as vLLM places it; otherwise they are in that worker's log, which says so.
+which Ray only counts; then both of vLLM's Ray executors run as on a GPU machine. NCCL between actors is tested on a
+machine with two GPUs; actors on several nodes are not. The counters of Ray's actors are on `/metrics` where rank 0 runs
+on the node of the API server, as vLLM places it; otherwise they are in that worker's log, which says so.
 
 `ray.serve.llm` of Ray 2.56 asks for vLLM 0.22 and does not import with 0.32: `deploy/ray` runs `vllm serve` in replicas
 of Ray Serve instead.
