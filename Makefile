@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-# Engine tests with targets of their own, so that make test stays below twenty minutes on two cores.
+# Engine tests with targets of their own, so that make test stays below half an hour on two cores.
 APART := tests/engine/test_ray.py tests/engine/test_rat_plus.py
 PAGES := options_page supported_page memory_comparison dashboard
 export HF_HUB_OFFLINE := 1
@@ -30,13 +30,13 @@ test: venv ## everything that runs without a GPU or a network: lint, types, docs
 	@$(MAKE) --no-print-directory test-deploy
 	@$(MAKE) --no-print-directory test-engine
 
-test-unit: venv ## the method without vLLM, and the GPU kernels interpreted and compiled (about five minutes)
+test-unit: venv ## the method without vLLM, and the GPU kernels interpreted and compiled (about eight minutes)
 	$(PYTEST) tests/unit
 
 test-deploy: venv ## deploy/ against schemas, linters and parsers; the wheel in a fresh environment (a minute)
 	$(PYTEST) tests/deploy
 
-test-engine: venv ## the backend inside real vLLM on the CPU (about ten minutes)
+test-engine: venv ## the backend inside real vLLM on the CPU (about fifteen minutes)
 	$(PYTEST) tests/engine $(foreach suite,$(APART),--ignore $(suite))
 
 test-models: venv ## RAT+ models inside real vLLM on the CPU (a few minutes; not part of make test)
