@@ -31,7 +31,7 @@ test: venv ## everything that runs without a GPU or a network: lint, types, docs
 	@$(MAKE) --no-print-directory test-engine
 
 test-unit: venv ## the method without vLLM, and the GPU kernels interpreted and compiled (about eight minutes)
-	$(PYTEST) tests/unit
+	$(PYTEST) tests/unit tests/gpu  # the latter are skipped here, but must import
 
 test-deploy: venv ## deploy/ against schemas, linters and parsers; the wheel in a fresh environment (a minute)
 	$(PYTEST) tests/deploy

@@ -223,7 +223,6 @@ def test_graph_replay_follows_changing_lengths(completion: str, rule: str) -> No
     assert runner.expected_counts["dense_rows"] > 0
 
 
-@pytest.mark.parametrize("options", [{}, SHARE], ids=["box", "share"])
 @pytest.mark.parametrize("completion", ["paged", "features"])
 def test_a_chunks_summary_is_the_same_every_time(completion: str) -> None:
     """Whatever order the programs that share a chunk out arrive in."""
@@ -242,6 +241,7 @@ def test_a_chunks_summary_is_the_same_every_time(completion: str) -> None:
         assert torch.equal(states[:2], first[:2])
 
 
+@pytest.mark.parametrize("options", [{}, SHARE], ids=["box", "share"])
 def test_ties_go_to_the_earlier_page(options: dict[str, Any]) -> None:
     for max_model_len in (1024, 70_000):
         case = Case(**options, seq_lens=(900,), heads=1, max_model_len=max_model_len)
