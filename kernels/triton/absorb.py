@@ -122,7 +122,7 @@ def absorb_kernel(
     program of a (row, head, column tile) to arrive adds all ranges up, in the order of the pages whoever is last.
 
     Args:
-        partials: float32 scratch, ``sum_rows * COLS + sum_vector`` for each program.
+        partials: float32 scratch, for each program the matrix and the vector of ``sum_tokens``.
         arrived: int32 ``[rows, heads, ARRIVAL]``, zero between launches; a number for each column tile.
     """
     g: tl.constexpr = S.geometry

@@ -13,23 +13,21 @@ from vllm_rc_backend.decaying_memory import linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, check
 from vllm_rc_backend.host_kv.staging import Staging
 
+from .test_kernels import RUNS
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CASES = {
     "one launch": Case(
-        selection="runs",
-        statistics_bits=2,
+        **RUNS,
         completion="paged",
         head_size=128,
         heads=8,
         seq_lens=(500, 1, 0, 333),
     ),
-    "two launches": Case(
-        selection="runs", statistics_bits=2, completion="paged", seq_lens=tuple(range(40, 680, 8)), heads=4
-    ),
+    "two launches": Case(**RUNS, completion="paged", seq_lens=tuple(range(40, 680, 8)), heads=4),
     "two levels": Case(
-        selection="runs",
-        statistics_bits=2,
+        **RUNS,
         completion="linear",
         seq_lens=(6000, 700),
         chunk=3000,
@@ -39,16 +37,13 @@ CASES = {
     ),
     "box": Case(seq_lens=(500, 1, 0, 131), statistics_bits=8, slots=1),
     "features": Case(
-        selection="runs",
-        statistics_bits=2,
+        **RUNS,
         completion="features",
         seq_lens=(2500, 1, 0, 131),
         chunk=1500,
         features=40,
     ),
-    "page cache": Case(
-        selection="runs", statistics_bits=2, completion="paged", seq_lens=(500, 1, 0, 131), cache_slots=20
-    ),
+    "page cache": Case(**RUNS, completion="paged", seq_lens=(500, 1, 0, 131), cache_slots=20),
 }
 
 

@@ -262,7 +262,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Both backends, one of them, or what was found of either."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=BACKENDS, help="one of them, in this process; default: both")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--backend", choices=BACKENDS, help="one of them, in this process; default: both")
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=list(DEFAULT_LOADS))
     parser.add_argument("--options", type=json.loads, default={}, help="of rc_topk, as JSON")
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
@@ -275,7 +276,7 @@ def main() -> None:
         help="for decode times at very long contexts: prompts take seconds then, and mean nothing (with --prefills 0)",
     )
     parser.add_argument("--write", type=Path, help="with --backend: the file for what was found, as JSON")
-    parser.add_argument(
+    source.add_argument(
         "--join",
         nargs=2,
         type=Path,
