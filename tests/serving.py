@@ -92,12 +92,20 @@ class Server:
         assert found, name
         return found[0]
 
-    def metric_when(self, name: str, least: float, seconds: int = 10) -> float:
+    def metric_when(self, name: str, least: float, seconds: int = 60) -> float:
         """A counter once it has reached ``least``, or what it has reached by then: workers write once a second."""
         deadline = time.monotonic() + seconds
         while (value := self.metric(name)) < least and time.monotonic() < deadline:
             time.sleep(0.2)
         return value
+
+    def logged(self, pattern: str, seconds: int = 60) -> re.Match[str]:
+        """The first match in its log, once there is one."""
+        deadline = time.monotonic() + seconds
+        while (found := re.search(pattern, self.log.read_text())) is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert found, f"{pattern!r} is not in ...{self.log.read_text()[-3000:]}"
+        return found
 
     @property
     def client(self) -> openai.OpenAI:

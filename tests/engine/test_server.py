@@ -36,7 +36,7 @@ def test_completion_and_stream_agree(server: Server, prompt: Prompt) -> None:
     complete(server, tokens)
     whole = complete(server, tokens).choices[0].text
     parts = [chunk.choices[0].text for chunk in complete(server, tokens, stream=True)]
-    assert len(parts) > 5
+    assert len(parts) > 1
     assert "".join(parts) == whole
 
 
@@ -71,7 +71,7 @@ def test_vanishing_clients_among_others(server: Server, prompt: Prompt) -> None:
         parts = []
         for chunk in stream:
             parts.append(chunk.choices[0].text)
-            if i % 2 and len(parts) == 4:
+            if i % 2 and len(parts) == 2:
                 stream.close()
                 return None
         return "".join(parts)
@@ -98,18 +98,17 @@ def test_metrics_and_log(server: Server, prompt: Prompt) -> None:
     time.sleep(2.5)  # workers write once a second
     before = [server.metric(name) for name in names]
     length, steps = 1500, 24
-    complete(server, prompt(length, 9)["prompt_token_ids"])
-    time.sleep(2.5)
-    held, read = (server.metric(name) - was for name, was in zip(names, before, strict=True))
     # The first token comes from prefill, each of the others from a decode over everything so far.
-    assert held == sum(length + i for i in range(1, steps))
+    expected = sum(length + i for i in range(1, steps))
+    complete(server, prompt(length, 9)["prompt_token_ids"])
+    server.metric_when(names[0], before[0] + expected)
+    held, read = (server.metric(name) - was for name, was in zip(names, before, strict=True))
+    assert held == expected
     assert 0 < read <= BUDGET * (steps - 1)
-    log = server.log.read_text()
-    assert re.search(r"rc_topk: read \d+ of \d+ tokens", log)
+    server.logged(r"rc_topk: read \d+ of \d+ tokens")
     # The line of the request says of its lengths what the worker counted.
     line = rf"rc_topk: cmpl-\S+: {length} prompt and {steps} generated tokens; {steps - 1} of {steps - 1} decode steps"
-    found = re.search(line + r" sparse, read ([0-9.]+) % of the tokens, ([0-9.]+) % of the bytes", log)
-    assert found, log[-3000:]
+    found = server.logged(line + r" sparse, read ([0-9.]+) % of the tokens, ([0-9.]+) % of the bytes")
     tokens, everything = map(float, found.groups())
     assert tokens == pytest.approx(100 * read / held, abs=0.06)
     assert tokens < everything < 100
