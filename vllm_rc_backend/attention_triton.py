@@ -1,6 +1,6 @@
 """Sparse decoding by the Triton kernels, for full CUDA graphs: fixed grids and buffers, no host reads.
 
-Per step and KV-cache group: ``SummaryPlanner.plan``. Per step and layer: ``TritonAttention.update_prefill`` for rows
+Per step and KV-cache group: see ``summaries_triton``. Per step and layer: ``TritonAttention.update_prefill`` for rows
 with more than one new token, ``TritonAttention.decode`` for all others, sparse or not.
 """
 
@@ -18,7 +18,7 @@ from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.host_kv.page_cache import LayerPages
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference.select import check_group_rule
-from vllm_rc_backend.kernels.reference.summary import SummaryPlan, SummaryTags
+from vllm_rc_backend.kernels.reference.summary import SummaryPlan
 from vllm_rc_backend.kernels.triton.absorb import absorb_kernel
 from vllm_rc_backend.kernels.triton.decode import decode_kernel
 from vllm_rc_backend.kernels.triton.features import features_kernel
@@ -28,8 +28,6 @@ from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 from vllm_rc_backend.kernels.triton.page_cache import choose_kernel
 from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
 from vllm_rc_backend.kernels.triton.statistics import finish_pages_kernel
-from vllm_rc_backend.kernels.triton.summary import plan_kernel
-from vllm_rc_backend.kernels.triton.update import update_kernel
 from vllm_rc_backend.selection.runs import rotate
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
@@ -311,9 +309,17 @@ class Workspace:
         """Tokens whose K and V a program adds to a summary at a time in a prefill."""
         return max(16, self.features_tile // 2) if self.shape.features else self.update_tile
 
+    def update_columns(self, over_bus: bool) -> int:
+        """Columns of a summary that a program adds decodes' pages to; ``over_bus`` if those are in host memory."""
+        if over_bus and not self.shape.features:
+            # Each program of a summary reads all its keys. Over the bus that costs more than having few programs does;
+            # with more columns than this, a multiprocessor has registers for one program only.
+            return min(64, 8192 // self.shape.block_d)
+        return self.tuning.update_columns
+
     @property
     def update_tile(self) -> int:
-        """The same in a decode, where columns are fewer."""
+        """Tokens that such a program sums up at a time."""
         return self.features_tile if self.shape.features else 32 if self.shape.block_d > 128 else 64
 
     def merge_tile(self, rows: int) -> tuple[int, int]:
@@ -328,72 +334,25 @@ class Workspace:
         return min(next_power_of_2(attenders), room), columns
 
 
-class SummaryPlanner:
-    """Which summary slot each row of a step uses; one per KV-cache group, shared by its layers."""
+@dataclass(frozen=True)
+class CachePlace:
+    """Where a layer's KV cache lies: its address, the strides of block, head and token, and its elements' type."""
 
-    def __init__(self, geometry: Geometry, tags: SummaryTags, max_rows: int) -> None:
-        device = tags.slot_page.device
-        if geometry.budget >= 1:
-            geometry = dataclasses.replace(geometry, budget=int(geometry.budget))
-        self.geometry = geometry
-        self.tags = tags
-        self.max_rows = max_rows
-        self.scratch = torch.empty(3, len(tags.slot_page), dtype=torch.int32, device=device)
-        self.columns = torch.zeros(4, max_rows, dtype=torch.int32, device=device)
-        self.columns[0] = -1
-
-    @property
-    def current(self) -> SummaryPlan:
-        """The plan's persistent tensors ``[max_rows]``: slot, source, first, last."""
-        return SummaryPlan(*self.columns)
-
-    def plan(self, block_table: Tensor, seq_lens: Tensor, query_start: Tensor) -> SummaryPlan:
-        """Once per step, before any layer: one launch that finds or assigns slots and updates the tags.
-
-        Args:
-            block_table: int32 ``[rows, max_blocks]``.
-            seq_lens: int32 ``[rows]``, 0 in padding rows.
-            query_start: int32 ``[rows + 1]``, where each row's new tokens start.
-        """
-        rows, tags = len(seq_lens), self.tags
-        decodes, prefills, free = self.scratch
-        plan = self.current
-        plan_kernel[(1,)](
-            tags.slot_page,
-            tags.page_slot,
-            tags.next_slot,
-            block_table,
-            seq_lens,
-            query_start,
-            plan.slot,
-            plan.source,
-            plan.first,
-            plan.last,
-            decodes,
-            prefills,
-            free,
-            rows,
-            len(free),
-            block_table.stride(0),
-            g=self.geometry,
-            ROWS=next_power_of_2(self.max_rows),
-            SLOTS=next_power_of_2(len(free)),
-            num_warps=4,
-        )
-        return plan
+    address: int
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class TritonAttention:
-    """Sparse attention of one layer."""
+    """Sparse attention of one layer.
+
+    Attributes:
+        cache: where the layer's KV cache lies; None before ``bind``.
+        key_scale, value_scale: factors of a quantised cache.
+    """
 
     def __init__(
-        self,
-        store: SideStore,
-        workspace: Workspace,
-        scale: float,
-        key_scale: float = 1.0,
-        value_scale: float = 1.0,
-        pages: LayerPages | None = None,
+        self, store: SideStore, workspace: Workspace, scale: float, pages: LayerPages | None = None
     ) -> None:
         """
         Args:
@@ -401,20 +360,25 @@ class TritonAttention:
             workspace: shared by all layers.
             pages: this layer's page cache, with the KV pages in host memory.
             scale: the softmax scale.
-            key_scale, value_scale: factors of a quantised cache.
         """
         self.store = store
         self.workspace = workspace
         self.shape = workspace.shape
         self.scale = scale
-        self.key_scale = key_scale
-        self.value_scale = value_scale
+        self.cache: CachePlace | None = None
+        self.key_scale = self.value_scale = 1.0
         self.pages = pages
         completion = store.completion
         self.maps: tuple[Tensor | None, ...] = (None,) * 4
         if isinstance(completion, Features):
             maps = completion.key_weight, completion.key_bias, completion.query_weight, completion.query_bias
             self.maps = tuple(x.contiguous() for x in maps)
+
+    def bind(self, kv_cache: Tensor, key_scale: float, value_scale: float) -> None:
+        """Say where the layer's KV cache is, see ``update_prefill``, and what its numbers are multiplied with."""
+        kv = self._cache(kv_cache)
+        self.cache = CachePlace(kv.data_ptr(), kv.stride()[:3], kv.dtype)
+        self.key_scale, self.value_scale = key_scale, value_scale
 
     def update_prefill(
         self,
@@ -455,7 +419,7 @@ class TritonAttention:
             self.absorb(kv, block_table, plan)
 
     def absorb(self, kv: Tensor, block_table: Tensor, plan: SummaryPlan) -> None:
-        """Add each row's pages to its summary: many pages of few rows, unlike ``update``."""
+        """Add each row's pages to its summary: many pages of few rows, unlike ``SummaryUpdater.update``."""
         shape, work, rows = self.shape, self.workspace, len(block_table)
         absorb_kernel[(work.absorb_tiles * work.absorbers(rows), shape.heads, rows)](
             kv,
@@ -499,7 +463,6 @@ class TritonAttention:
             out: ``[rows, heads * group, head_size]``; zeros are written to padding rows.
         """
         kv = self._cache(kv_cache)
-        self.update(kv, block_table, seq_lens, plan)
         if self.pages is not None:
             self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
             self.choose(seq_lens)
@@ -512,37 +475,6 @@ class TritonAttention:
             self.launch(query, kv, block_table, seq_lens, plan, out, attends=False)
             self.complete(query, kv, block_table, seq_lens, plan)
             self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
-
-    def update(self, kv: Tensor, block_table: Tensor, seq_lens: Tensor, plan: SummaryPlan | None) -> None:
-        """First launch: statistics of pages finished by this token, and the summaries' part of the plan."""
-        shape, store = self.shape, self.store
-        columns = self.workspace.tuning.update_columns
-        if self.pages is not None and not shape.features:
-            # Each program of a summary reads all its keys. Over the bus that costs more than having few programs does;
-            # with more columns than this, a multiprocessor has registers for one program only.
-            columns = min(64, 8192 // shape.block_d)
-        parts = 1 + (0 if plan is None else -(-shape.head_size // columns))
-        update_kernel[(parts, shape.heads, len(seq_lens))](
-            kv,
-            block_table,
-            seq_lens,
-            store.codes,
-            store.scales,
-            self.workspace.rotation,
-            store.states,
-            *((None,) * 4 if plan is None else (plan.slot, plan.source, plan.first, plan.last)),
-            self.workspace.counters,
-            *self.maps[:2],
-            self.key_scale,
-            self.value_scale,
-            *kv.stride()[:3],
-            block_table.stride(0),
-            S=shape,
-            COLS=columns,
-            TILE=self.workspace.update_tile,
-            OVERLAP=self.workspace.overlap,
-            num_warps=4,
-        )
 
     def choose(self, seq_lens: Tensor) -> None:
         """The pages of all rows, as a launch of its own: what is read must be known before it is fetched."""
@@ -687,7 +619,7 @@ class TritonAttention:
             num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,
             num_stages=tuning.decode_stages,
             maxnreg=work.most_registers(joint) if scores else None,
-            launch_pdl=work.overlap and not joint,
+            launch_pdl=work.overlap and attends and not joint,
         )
 
     def _cache(self, kv_cache: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_rc_backend import compat
-from vllm_rc_backend.attention_triton import SummaryPlanner, TritonAttention, Workspace, make_shape
+from vllm_rc_backend.attention_triton import TritonAttention, Workspace, make_shape
 from vllm_rc_backend.backend_cuda_prefill import staged_prefill
 from vllm_rc_backend.host_kv import pool as host_pool
 from vllm_rc_backend.host_kv.page_cache import DevicePages
@@ -41,6 +41,7 @@ from vllm_rc_backend.layer import (
 )
 from vllm_rc_backend.observability.device import DeviceMeter
 from vllm_rc_backend.side_store import SideStore
+from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
 
 logger = logging.getLogger("vllm.rc_topk")
 
@@ -109,6 +110,7 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.any_sparse = bool(layers)
         self.any_dense = len(layers) < len(layer_names)
         self.planner: SummaryPlanner | None = None
+        self.updater = SummaryUpdater([])
         self.meter: DeviceMeter | None = None
         self.pages: DevicePages | None = None
         if not layers:
@@ -120,6 +122,7 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             self.planner = kept_in_sleep(
                 vllm_config, partial(make_planner, first.store, max_rows(vllm_config))
             )
+            self.updater = SummaryUpdater([layer.attention for layer in layers.values()])
         workspace = first.attention.workspace
         if first.config.kv_residency == "host":
             self.pages = keep_pages(vllm_config, layers)
@@ -135,6 +138,8 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         plan = None
         if self.planner is not None:
             plan = self.planner.plan(common.block_table_tensor, common.seq_lens, common.query_start_loc)
+            if decodes:
+                self.updater.update(common.block_table_tensor[:decodes], plan)
         if self.pages is not None:
             self.pages.begin_step(
                 common.block_table_tensor, common.seq_lens, common.query_start_loc, common.max_query_len
@@ -269,8 +274,7 @@ def _left_on_device(vllm_config: Any, device: torch.device) -> int:
 
 
 def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
-    """Compile the prefill's kernels now: capturing the decode graphs compiles the others, these would be compiled in
-    the middle of the first request."""
+    """Compile now what no captured graph has in it: it would be compiled in the middle of the first request."""
     assert layer.store is not None
     layout, device = layer.store.layout, layer.store.codes.device
     dtype = torch.uint8 if layout.kv_bytes == 1 else vllm_config.model_config.dtype
@@ -282,6 +286,10 @@ def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
         zeros = torch.zeros(16, dtype=torch.int32, device=device)
         plan = SummaryPlan(zeros[:1] - 1, *(zeros[:1],) * 3) if layout.slots else None
         layer.attention.update_prefill(cache, zeros.view(1, 16), zeros[:1], zeros[:2], size, plan)
+        if plan is not None:
+            layer.attention.bind(cache, 1.0, 1.0)
+            SummaryUpdater([layer.attention]).update(zeros.view(1, 16), plan)
+            layer.attention.cache = None
 
 
 class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
@@ -317,11 +325,11 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
                 layer, query, key, value, kv_cache, meta.whole, output, output_scale, output_block_scale
             )
         attention, decodes = self.sparse_layer.attention, meta.num_decodes
+        attention.bind(kv_cache, layer._k_scale_float, layer._v_scale_float)
         if decodes:
             rows = query[:decodes]
             if rows.dtype != output.dtype:  # vLLM quantised it for FlashAttention's fp8 path
                 rows = rows.to(output.dtype) * layer._q_scale.to(output.dtype)
-            attention.key_scale, attention.value_scale = layer._k_scale_float, layer._v_scale_float
             attention.decode(
                 rows,
                 kv_cache,
@@ -331,7 +339,6 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
                 output[:decodes],
             )
         if meta.prefill is not None:
-            attention.key_scale, attention.value_scale = layer._k_scale_float, layer._v_scale_float
             table, seq_lens = meta.block_table[decodes:], meta.seq_lens[decodes:]
             starts = meta.query_start_loc[decodes:]
             plan = None if meta.plan is None else meta.plan.from_row(decodes)

@@ -1,4 +1,4 @@
-"""Adding pages to summaries: of a decode inside ``update_kernel``, of a prefill's chunk by ``absorb_kernel``.
+"""Adding pages to summaries: of decodes by ``update_kernel``, of a prefill's chunk by ``absorb_kernel``.
 
 Twin of ``reference.absorb_pages`` for every completion. What is summed up of a range of tokens is a matrix and a
 vector, whatever they mean: of ``linear`` and ``paged`` C, with K1 and V1; of ``features`` S, with u.

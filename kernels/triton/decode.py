@@ -8,7 +8,8 @@ one more, and they are merged and divided once (``merge.py``).
 
 In a small batch both phases are one launch, and programs wait in between until the scores of their (row, KV head) are
 there, and before they merge until the partial results are; it must be small enough for all programs to run at the same
-time. Otherwise each phase is a launch.
+time. Otherwise each phase is a launch. A page that this step completes gets its statistics on the side: as part of the
+tail it is read whole now, and no other row has it.
 
 The retrieved tokens' sum of values is wanted too, and comes out of the same matrix product: a query row that scores 0
 on retrieved tokens and minus infinity on all others has it as its unnormalised output.
@@ -24,9 +25,10 @@ from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL, let_next_start, wait_for_count, wait_for_previous
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
-from vllm_rc_backend.kernels.triton.paged import token_rows
+from vllm_rc_backend.kernels.triton.paged import page_of, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 from vllm_rc_backend.kernels.triton.score import score_pages
+from vllm_rc_backend.kernels.triton.statistics import finish_page
 
 
 @triton.jit
@@ -175,7 +177,8 @@ def decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. A launch that only
-    ATTENDS has one split more than attenders, which takes the summary; in one launch the last that has tokens does.
+    ATTENDS has one split more than attenders, which takes the summary and a page that is complete now; in one launch
+    the last and the first that have tokens do.
 
     Args:
         query: ``[rows, heads * group, head_size]``, unscaled.
@@ -370,6 +373,20 @@ def decode_kernel(
                     tl.store(merged, 0)
                     if head == 0:
                         _count(counters, sparse, slot, seq_len, n_read, pages, S)
+        # Last: nobody in this launch waits for it.
+        if (seq_len > 0) & (seq_len % g.page_size == 0) & (split == (0 if SCORES else attenders)):
+            finish_page(
+                kv + head.to(tl.int64) * stride_head,
+                codes,
+                scales,
+                rotation,
+                page_of(block_table, seq_len // g.page_size - 1, seq_len > 0, g),
+                head,
+                key_scale,
+                stride_block,
+                stride_token,
+                S,
+            )
 
 
 @triton.jit

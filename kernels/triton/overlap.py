@@ -1,8 +1,8 @@
 """Waiting: for the kernel before this one, and for other programs of the same one.
 
 Programmatic dependent launch: a kernel may start while the one before it in the stream still runs. Within a layer,
-scoring starts with ``update``, of which it needs nothing, and attention gets ready while scoring finishes. Each waits
-before it ends or reads, so when a kernel is done all before it are. Needs compute capability 9.
+attention gets ready while scoring finishes. It waits before it reads, so when a kernel is done all before it are. Needs
+compute capability 9.
 """
 
 import triton

@@ -1,79 +1,97 @@
-"""What a decode step owes the side store, for all rows in one launch; in most steps every program ends at once."""
+"""What decodes add to the summaries: once a step, before any layer, for all layers and rows in one launch.
+
+A page enters a row's mid region at the earliest one step after its last token was written (``tail_tokens`` is at least
+1), so what is summed up here has been in the cache of every layer since an earlier step. In most steps no row has
+anything to add, and every program ends at once.
+"""
 
 import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.absorb import add_sums, sum_tokens
-from vllm_rc_backend.kernels.triton.overlap import let_next_start
-from vllm_rc_backend.kernels.triton.paged import page_of
-from vllm_rc_backend.kernels.triton.statistics import finish_page
 
 
 @triton.jit
+def _pointer(table, layer, dtype: tl.constexpr):
+    """A layer's entry of a table of addresses."""
+    return tl.load(table + layer).to(tl.pointer_type(dtype))
+
+
+# Rows differ from step to step: without this, a single one would be compiled as it first occurs.
+@triton.jit(do_not_specialize=["rows"])
 def update_kernel(
-    kv,
-    block_table,
-    seq_lens,
-    codes,
-    scales,
-    rotation,
+    caches,
     states,
+    key_weights,
+    key_biases,
+    factors,
+    block_table,
     plan_slot,
     plan_source,
     plan_first,
     plan_last,
     counters,
-    key_weight,
-    key_bias,
-    key_scale,
-    value_scale,
     stride_block,
     stride_head,
     stride_token,
     stride_table,
+    rows,
     S: tl.constexpr,
+    DTYPE: tl.constexpr,
     COLS: tl.constexpr,
     TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Grid (1 + column tiles of a summary, heads, rows): statistics of a page finished now, and the summary.
+    """Grid (column tiles of a summary, heads, layers * groups of ROWS rows).
 
-    ``key_weight``, ``key_bias``: of ``completion.Features``, otherwise None.
+    Args:
+        caches: int64 ``[layers]``, addresses of caches ``[block, head, token, K then V]`` of DTYPE.
+        states: int64 ``[layers]``, addresses of the side stores' states.
+        key_weights, key_biases: the same of ``completion.Features``; otherwise None.
+        factors: float32 ``[layers, 2]``, of a quantised cache's K and V.
+        block_table: ``[rows, max_blocks]``.
+        plan_slot, plan_source, plan_first, plan_last: of these rows, from ``SummaryPlanner.plan``.
+        counters: int64, see ``attention_triton.COUNTERS``.
     """
-    let_next_start(OVERLAP)
     g: tl.constexpr = S.geometry
-    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv += head.to(tl.int64) * stride_head
-    block_table += row.to(tl.int64) * stride_table
-    if part == 0:
-        seq_len = tl.load(seq_lens + row)
-        if (seq_len > 0) & (seq_len % g.page_size == 0):
-            page = page_of(block_table, seq_len // g.page_size - 1, seq_len > 0, g)
-            finish_page(kv, codes, scales, rotation, page, head, key_scale, stride_block, stride_token, S)
-    elif S.completion != "none":
-        slot = tl.load(plan_slot + row)
-        first = tl.load(plan_first + row)
-        last = tl.load(plan_last + row)
-        if (slot >= 0) & (first < last):
-            source = tl.load(plan_source + row)
-            if (source < 0) & (part == 1) & (head == 0):
-                tl.atomic_add(counters + 7, 1, sem="relaxed")
-            start = (part - 1) * COLS
-            matrix, vector = sum_tokens(
-                kv,
-                block_table,
-                key_weight,
-                key_bias,
-                head,
-                first * g.page_size,
-                last * g.page_size,
-                start,
-                key_scale,
-                value_scale,
-                stride_block,
-                stride_token,
-                S,
-                COLS,
-                TILE,
-            )
-            add_sums(matrix, vector, states, slot, source, head, start, S, COLS)
+    part, head = tl.program_id(0), tl.program_id(1)
+    groups = tl.cdiv(rows, ROWS)
+    layer, begin = tl.program_id(2) // groups, tl.program_id(2) % groups * ROWS
+    row = begin + tl.arange(0, ROWS)
+    first = tl.load(plan_first + row, mask=row < rows, other=0)
+    last = tl.load(plan_last + row, mask=row < rows, other=0)
+    if tl.max((first < last).to(tl.int32), 0) > 0:
+        # What Triton would see of an address that it is launched with: vectors of several elements can be loaded.
+        kv = tl.multiple_of(_pointer(caches, layer, DTYPE), 16) + head.to(tl.int64) * stride_head
+        state = tl.multiple_of(_pointer(states, layer, tl.bfloat16), 16)
+        key_weight, key_bias = key_weights, key_biases
+        if S.completion == "features":
+            key_weight = tl.multiple_of(_pointer(key_weights, layer, tl.float32), 16)
+            key_bias = _pointer(key_biases, layer, tl.float32)
+        key_scale, value_scale = tl.load(factors + 2 * layer), tl.load(factors + 2 * layer + 1)
+        for nth in range(tl.minimum(ROWS, rows - begin)):
+            i = begin + nth
+            slot = tl.load(plan_slot + i)
+            first_page, last_page = tl.load(plan_first + i), tl.load(plan_last + i)
+            if (slot >= 0) & (first_page < last_page):
+                source = tl.load(plan_source + i)
+                if (source < 0) & (part == 0) & (head == 0):
+                    tl.atomic_add(counters + 7, 1, sem="relaxed")
+                matrix, vector = sum_tokens(
+                    kv,
+                    block_table + i.to(tl.int64) * stride_table,
+                    key_weight,
+                    key_bias,
+                    head,
+                    first_page * g.page_size,
+                    last_page * g.page_size,
+                    part * COLS,
+                    key_scale,
+                    value_scale,
+                    stride_block,
+                    stride_token,
+                    S,
+                    COLS,
+                    TILE,
+                )
+                add_sums(matrix, vector, state, slot, source, head, part * COLS, S, COLS)

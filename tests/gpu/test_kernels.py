@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.kernels.update_check import check_update
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -198,6 +199,7 @@ def test_graph_replay_follows_changing_lengths(completion: str, rule: str) -> No
 
     def step() -> None:
         plan = runner.planner.plan(runner.block_table, lengths, starts)
+        runner.updater.update(runner.block_table, plan)
         runner.attention.decode(query, runner.kv_cache, runner.block_table, lengths, plan, out)
 
     stream = torch.cuda.Stream()
@@ -221,6 +223,11 @@ def test_graph_replay_follows_changing_lengths(completion: str, rule: str) -> No
     runner.compare_counters()
     assert runner.expected_counts["sparse_rows"] > 40
     assert runner.expected_counts["dense_rows"] > 0
+
+
+@pytest.mark.parametrize("completion", ["paged", "features"])
+def test_update_of_several_layers(completion: str) -> None:
+    check_update("cuda", completion)
 
 
 @pytest.mark.parametrize("completion", ["paged", "features"])

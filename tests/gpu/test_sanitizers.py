@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.unit.kernels.remember_check import check_remember
+from tests.unit.kernels.update_check import check_update
 from vllm_rc_backend.decaying_memory import linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, check
 from vllm_rc_backend.host_kv.staging import Staging
@@ -50,6 +51,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_decode(name: str) -> None:
     check(CASES[name], "cuda", steps=2)
+
+
+@pytest.mark.parametrize("completion", ["paged", "features"])
+def test_update(completion: str) -> None:
+    check_update("cuda", completion)
 
 
 def test_memory() -> None:

@@ -21,7 +21,6 @@ from vllm_rc_backend.attention_triton import (
     COMPLETIONS,
     GROUP_RULES,
     POLICY_QUERY_MAPS,
-    SummaryPlanner,
     TritonAttention,
     Tuning,
     Workspace,
@@ -34,6 +33,7 @@ from vllm_rc_backend.evaluation.kernel_check import Case, check, check_row
 from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags, check_group_rule
 from vllm_rc_backend.selection import POLICIES, make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
+from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
 
 K = 1024
 TABLE = ((8, 1), (8, 32), (32, 1), (32, 8), (32, 32), (128, 1), (128, 4), (128, 16), (512, 1))
@@ -85,36 +85,38 @@ class Row:
 
 
 class Layers:
-    """Several layers' sequences in one KV pool, prefilled in chunks to one token before ``first_len``."""
+    """Several layers of one group, each with its part of a KV pool, prefilled in chunks to one token before
+    ``first_len``. Their plan is made outside of what is timed, as the engine makes it: once for all layers."""
 
     def __init__(
         self, case: Case, pool: Tensor, context: int, batch: int, count: int, tuning: Tuning
     ) -> None:
         self.case = case
-        self.pool = pool
         self.count = count
         self.batch = batch
         layout = replace(case.layout, slots=batch if case.completion != "none" else 0)
         geometry = layout.geometry
-        device = pool.device
+        self.device = device = pool.device
         shape = make_shape(layout, case.group, case.group_rule)
         longest = context + geometry.page_size
-        width = -(-longest // geometry.block_size)
-        blocks = torch.randperm(pool.shape[0] - 1, device=device)[: count * batch * width] + 1
-        self.block_tables = blocks.view(count, batch, width).to(torch.int32)
+        width, blocks = -(-longest // geometry.block_size), pool.shape[0] // count
+        self.caches = pool[: blocks * count].split(blocks)
+        self.block_table = torch.randperm(blocks, device=device)[: batch * width].view(batch, width).int()
         # The first step, one at which no page is finished, and the next at which every row finishes one again.
         self.first_len, self.page_len = context - geometry.page_size, context
         self.usual_len = context - geometry.page_size // 2
-        self.workspace = Workspace(shape, batch, context, device, case.statistics_bits, tuning)
-        pages = pool.shape[0] * geometry.pages_per_block
-        shared = SideStore(replace(layout, slots=0), pages, device)
-        self.attentions, self.planners = [], []
-        for _ in range(count):
-            store = SideStore(layout, 0, device)
-            store.codes, store.scales = shared.codes, shared.scales
-            self.attentions.append(TritonAttention(store, self.workspace, case.head_size**-0.5))
-            tags = SummaryTags.empty(max(layout.slots, 1), pages, device)
-            self.planners.append(SummaryPlanner(geometry, tags, batch))
+        workspace = Workspace(shape, batch, context, device, case.statistics_bits, tuning)
+        pages = blocks * geometry.pages_per_block
+        self.attentions = []
+        for cache in self.caches:
+            store = SideStore(layout, pages, device)
+            self.attentions.append(TritonAttention(store, workspace, case.head_size**-0.5))
+            self.attentions[-1].bind(cache, 1.0, 1.0)
+        self.updater = SummaryUpdater(self.attentions)
+        self.planner: SummaryPlanner | None = None
+        if layout.slots:
+            tags = SummaryTags.empty(layout.slots, pages, device)
+            self.planner = SummaryPlanner(geometry, tags, batch)
         size = (count, batch, case.heads * case.group, case.head_size)
         self.queries = torch.randn(size, device=device).to(case.dtype)
         self.out = torch.full_like(self.queries, torch.nan)
@@ -125,57 +127,56 @@ class Layers:
 
     def lengths(self, seq_len: int) -> Tensor:
         """int32 ``[batch]``, all the same."""
-        return torch.full((self.batch,), seq_len, dtype=torch.int32, device=self.pool.device)
+        return torch.full((self.batch,), seq_len, dtype=torch.int32, device=self.device)
 
     def _prefill(self, seq_len: int, count: int) -> None:
         """A chunk of ``count`` tokens that ends at ``seq_len``, of every sequence."""
         lengths, starts = self.lengths(seq_len), self._decode_starts * count
-        for attention, planner, table in zip(self.attentions, self.planners, self.block_tables, strict=True):
-            plan = None if self.case.completion == "none" else planner.plan(table, lengths, starts)
-            attention.update_prefill(self.pool, table, lengths, starts, count, plan)
+        plan = self._plan(lengths, starts)
+        for attention, cache in zip(self.attentions, self.caches, strict=True):
+            attention.update_prefill(cache, self.block_table, lengths, starts, count, plan)
 
     def checkpoint(self) -> Callable[[], None]:
         """What summaries add to the last chunk of each layer's first sequence; a call of it spoils its summary."""
         geometry = self.case.geometry
         ends = [geometry.mid_end(n) for n in (max(self.first_len - 1 - CHUNK, 0), self.first_len - 1)]
-        rows = torch.tensor([[0], [0], *([n] for n in ends)], dtype=torch.int32, device=self.pool.device)
+        rows = torch.tensor([[0], [0], *([n] for n in ends)], dtype=torch.int32, device=self.device)
         plan = SummaryPlan(*rows)
 
         def absorb() -> None:
-            for attention, table in zip(self.attentions, self.block_tables, strict=True):
-                attention.absorb(self.pool, table[:1], plan)
+            for attention, cache in zip(self.attentions, self.caches, strict=True):
+                attention.absorb(cache, self.block_table[:1], plan)
 
         return absorb
 
     def forget(self) -> None:
         """Lose all summaries."""
-        for planner in self.planners:
-            planner.tags.slot_page.fill_(-1)
+        if self.planner is not None:
+            self.planner.tags.slot_page.fill_(-1)
 
-    def plan(self, seq_len: int) -> list[SummaryPlan | None]:
-        """A plan for each layer, as the builder makes one for each step."""
-        if self.case.completion == "none":
-            return [None] * self.count
-        return [
-            planner.plan(table, self.lengths(seq_len), self._decode_starts)
-            for planner, table in zip(self.planners, self.block_tables, strict=True)
-        ]
+    def plan(self, seq_len: int) -> SummaryPlan | None:
+        """The plan of a decode step, which stays valid until the next is made."""
+        return self._plan(self.lengths(seq_len), self._decode_starts)
 
-    def step(self, lengths: Tensor, plans: list[SummaryPlan | None]) -> None:
-        """All layers' decode."""
-        rows = zip(self.attentions, self.queries, self.block_tables, plans, self.out, strict=True)
-        for attention, query, table, plan, out in rows:
-            attention.decode(query, self.pool, table, lengths, plan, out)
+    def _plan(self, lengths: Tensor, starts: Tensor) -> SummaryPlan | None:
+        return None if self.planner is None else self.planner.plan(self.block_table, lengths, starts)
 
-    def verify(self, seq_len: int, plans: list[SummaryPlan | None]) -> float:
+    def step(self, lengths: Tensor, plan: SummaryPlan | None) -> None:
+        """All layers' decode, and before it what it adds to their summaries."""
+        if plan is not None:
+            self.updater.update(self.block_table, plan)
+        rows = zip(self.attentions, self.queries, self.caches, self.out, strict=True)
+        for attention, query, cache, out in rows:
+            attention.decode(query, cache, self.block_table, lengths, plan, out)
+
+    def verify(self, seq_len: int, plan: SummaryPlan | None) -> float:
         """Hold the last layer's last row to the reference; relative error of the output."""
         layer, row = self.count - 1, self.batch - 1
-        plan = plans[layer]
         return check_row(
             self.case,
             self.attentions[layer],
-            self.pool,
-            self.block_tables[layer, row],
+            self.caches[layer],
+            self.block_table[row],
             row,
             seq_len,
             -1 if plan is None else int(plan.slot[row]),
@@ -252,7 +253,7 @@ def dense_step(layers: Layers, seq_len: int) -> Callable[[], object] | None:
         return None
     case, lengths = layers.case, layers.lengths(seq_len)
     starts = torch.arange(layers.batch + 1, dtype=torch.int32, device=lengths.device)
-    keys, values = (x.transpose(1, 2) for x in layers.pool.split(case.head_size, dim=-1))
+    caches = [cache.transpose(1, 2).split(case.head_size, dim=-1) for cache in layers.caches]
     schedule = get_scheduler_metadata(
         batch_size=layers.batch,
         max_seqlen_q=1,
@@ -271,7 +272,7 @@ def dense_step(layers: Layers, seq_len: int) -> Callable[[], object] | None:
     out = torch.empty_like(layers.queries)
 
     def step() -> None:
-        for i in range(layers.count):
+        for i, (keys, values) in enumerate(caches):
             flash_attn_varlen_func(
                 q=layers.queries[i],
                 k=keys,
@@ -283,7 +284,7 @@ def dense_step(layers: Layers, seq_len: int) -> Callable[[], object] | None:
                 max_seqlen_k=seq_len,
                 softmax_scale=case.head_size**-0.5,
                 causal=True,
-                block_table=layers.block_tables[i],
+                block_table=layers.block_table,
                 scheduler_metadata=schedule,
                 fa_version=3,
                 num_splits=32,
@@ -309,38 +310,39 @@ def measure(
     """
     layout = case.layout
     touched = bytes_read(layout, context, batch)
-    room = (pool.shape[0] - 1) * layout.geometry.block_size // ((context + layout.geometry.page_size) * batch)
+    geometry = layout.geometry
+    room = pool.shape[0] // (batch * -(-(context + geometry.page_size) // geometry.block_size))
     count = max(1, min(MOST_LAYERS, room, max(LEAST_LAYERS, -(-LAYER_BYTES // touched))))
     layers = Layers(case, pool, context, batch, count, tuning or Tuning())
     usual_lengths, page_lengths = layers.lengths(layers.usual_len), layers.lengths(layers.page_len)
 
     first_lengths = layers.lengths(layers.first_len)
-    plans = layers.plan(layers.first_len)
-    layers.step(first_lengths, plans)
-    layers.verify(layers.first_len, plans)
+    plan = layers.plan(layers.first_len)
+    layers.step(first_lengths, plan)
+    layers.verify(layers.first_len, plan)
     # Each replay adds the same page again; no time depends on it, and the summaries are rebuilt below.
-    first = capture(lambda: layers.step(first_lengths, plans))
+    first = capture(lambda: layers.step(first_lengths, plan))
     calls: dict[str, Callable[[], object]] = {"first": first.replay}
     if layout.slots:
         calls["checkpoint"] = capture(layers.checkpoint()).replay
     seconds = time_calls(calls, repeats)
     layers.forget()
-    plans = layers.plan(layers.first_len)
-    rebuild = capture(lambda: layers.step(first_lengths, plans))
+    plan = layers.plan(layers.first_len)
+    rebuild = capture(lambda: layers.step(first_lengths, plan))
     seconds |= time_calls({"rebuild": rebuild.replay}, repeats)
 
-    plans = layers.plan(layers.usual_len)
-    usual = capture(lambda: layers.step(usual_lengths, plans))
+    plan = layers.plan(layers.usual_len)
+    usual = capture(lambda: layers.step(usual_lengths, plan))
     usual.replay()
-    layers.verify(layers.usual_len, plans)
+    layers.verify(layers.usual_len, plan)
     calls = {"usual": usual.replay}
     if dense and (step := dense_step(layers, layers.usual_len)):
         calls["dense"] = capture(step).replay
     seconds |= time_calls(calls, repeats)
 
     # In the last of page_size steps each row stores statistics and adds a page to its summary.
-    page_plans = layers.plan(layers.page_len)
-    page = capture(lambda: layers.step(page_lengths, page_plans))
+    page_plan = layers.plan(layers.page_len)
+    page = capture(lambda: layers.step(page_lengths, page_plan))
     seconds |= time_calls({"page": page.replay}, repeats)
 
     def micro(name: str) -> tuple[float, float]:

@@ -12,22 +12,16 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from vllm_rc_backend.attention_triton import (
-    COUNTERS,
-    SummaryPlanner,
-    TritonAttention,
-    Tuning,
-    Workspace,
-    make_shape,
-)
+from vllm_rc_backend.attention_triton import COUNTERS, TritonAttention, Tuning, Workspace, make_shape
 from vllm_rc_backend.completion import LEARNED, Completion, make_completion
 from vllm_rc_backend.completion.features import Features
 from vllm_rc_backend.host_kv.page_cache import DevicePages
 from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.geometry import Geometry
-from vllm_rc_backend.kernels.reference import PagedKV, SummaryTags
+from vllm_rc_backend.kernels.reference import PagedKV, SummaryPlan, SummaryTags
 from vllm_rc_backend.selection import make_policy
 from vllm_rc_backend.side_store import SideStore, StoreLayout
+from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
 
 
 def random_maps(heads: int, features: int, head_size: int) -> Features:
@@ -179,13 +173,10 @@ class Runner:
                 self.workspace.max_pages * case.page_size,
             )
         self.attention = TritonAttention(
-            self.store,
-            self.workspace,
-            scale,
-            case.key_scale,
-            case.value_scale,
-            None if self.pages is None else self.pages.layers[0],
+            self.store, self.workspace, scale, None if self.pages is None else self.pages.layers[0]
         )
+        self.attention.bind(self.kv_cache, case.key_scale, case.value_scale)
+        self.updater = SummaryUpdater([self.attention])
         self.planner: SummaryPlanner | None = None
         if layout.slots:
             self.planner = SummaryPlanner(
@@ -244,25 +235,25 @@ class Runner:
     def decode(self, seq_lens: list[int]) -> float:
         """One decode step; compares everything. Returns the relative error of the output."""
         query = self.new_query(len(seq_lens))
-        self.write(seq_lens, [min(n, 1) for n in seq_lens])
+        plan = self.begin(seq_lens)
         out = torch.full_like(query, torch.nan)
-        plan = None
-        if self.planner is not None:
-            starts = self.tensor(self._starts([min(n, 1) for n in seq_lens]))
-            plan = self.planner.plan(self.block_table, self.tensor(seq_lens), starts)
         self.attention.decode(query, self.kv_cache, self.block_table, self.tensor(seq_lens), plan, out)
         return self.compare(query, seq_lens, out)
 
+    def begin(self, seq_lens: list[int]) -> SummaryPlan | None:
+        """What a decode step does before any layer: its plan, None without a completion."""
+        counts = [min(n, 1) for n in seq_lens]
+        self.write(seq_lens, counts)
+        if self.planner is None:
+            return None
+        plan = self.planner.plan(self.block_table, self.tensor(seq_lens), self.tensor(self._starts(counts)))
+        self.updater.update(self.block_table, plan)
+        return plan
+
     def skip(self, seq_lens: list[int]) -> None:
-        """Advance by a step, side store and all, without comparing anything."""
-        self.write(seq_lens, [min(n, 1) for n in seq_lens])
-        lengths = self.tensor(seq_lens)
-        plan = None
-        if self.planner is not None:
-            starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device=self.device)
-            plan = self.planner.plan(self.block_table, lengths, starts)
-        self.attention.update(self.kv_cache, self.block_table, lengths, plan)
-        self._finish(seq_lens, [min(n, 1) for n in seq_lens])
+        """Advance by a step that completes no page, side store and all, without decoding or comparing anything."""
+        assert all(n % self.case.page_size for n in seq_lens if n)
+        self.begin(seq_lens)
         self._count_built()
 
     def new_query(self, rows: int) -> Tensor:

@@ -16,14 +16,8 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_rc_backend import attention_triton
-from vllm_rc_backend.attention_triton import (
-    SummaryPlanner,
-    TritonAttention,
-    Workspace,
-    make_shape,
-    most_features,
-)
+from vllm_rc_backend import attention_triton, summaries_triton
+from vllm_rc_backend.attention_triton import TritonAttention, Workspace, make_shape, most_features
 from vllm_rc_backend.decaying_memory import BLOCK, TILE
 from vllm_rc_backend.evaluation.kernel_check import Case
 from vllm_rc_backend.host_kv import page_cache, staging
@@ -31,6 +25,7 @@ from vllm_rc_backend.host_kv.page_cache import DevicePages
 from vllm_rc_backend.kernels.reference import SummaryTags
 from vllm_rc_backend.kernels.triton.memory import linear_scan_kernel, remember_kernel
 from vllm_rc_backend.side_store import SideStore
+from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
 
 DEFAULT = {
     "heads": 8,
@@ -98,7 +93,7 @@ class Recorder:
 
 def launches(case: Case) -> Iterator[Launch]:
     """Every kernel with the arguments of a step of this case."""
-    modules = (attention_triton, page_cache, staging)
+    modules = (attention_triton, summaries_triton, page_cache, staging)
     names = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
     recorders = {at: Recorder(getattr(*at)) for at in names}
     for at, recorder in recorders.items():
@@ -113,6 +108,9 @@ def launches(case: Case) -> Iterator[Launch]:
     query = torch.zeros(1, case.heads * case.group, case.head_size, dtype=case.dtype)
     planner = SummaryPlanner(layout.geometry, SummaryTags.empty(layout.slots, 4), 256)
     plan = planner.plan(table.view(1, -1), lengths, starts)
+    attention.bind(kv_cache, 1.0, 1.0)
+    if layout.slots:
+        SummaryUpdater([attention]).update(table.view(1, -1), plan)
     attention.update_prefill(kv_cache, table.view(1, -1), lengths, starts, 64, plan)
     step = (query, kv_cache, table.view(1, -1), lengths, plan, query)
     attention.decode(*step)

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from tests.unit.kernels.remember_check import check_remember
-from vllm_rc_backend.attention_triton import SummaryPlanner, Tuning
+from tests.unit.kernels.update_check import check_update
+from vllm_rc_backend.attention_triton import Tuning
 from vllm_rc_backend.decaying_memory import launch_linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.reference import SummaryTags
+from vllm_rc_backend.summaries_triton import SummaryPlanner
 
 RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
 SHARE: dict[str, Any] = {**RUNS, "group_rule": "share"}
@@ -350,12 +352,17 @@ def test_sequences_that_share_a_prefix_part(completion: str) -> None:
     runner.prefill()
     assert runner.planner is not None
     for seq_len in range(300, 340):
-        if seq_len in (300, 301, 312, 313, 328, 329, 339):
+        if seq_len in (300, 301, 304, 312, 313, 320, 328, 329, 336, 339):
             runner.decode([seq_len, seq_len])
         else:
             runner.skip([seq_len, seq_len])
     first, second = runner.planner.current.slot.tolist()
     assert first != second
+
+
+@pytest.mark.parametrize("completion", ["paged", "features"])
+def test_update_of_several_layers(completion: str) -> None:
+    check_update("cpu", completion)
 
 
 def test_plans_are_those_of_the_reference() -> None:
