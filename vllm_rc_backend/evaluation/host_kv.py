@@ -108,8 +108,9 @@ def exactly(tokens: int) -> Any:
 
 def run_engine(contender: str, args: argparse.Namespace) -> dict[str, Any]:
     """Start a contender and measure it."""
-    # Each step is timed, and the kernels' counters are read, in this process.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # The engine runs as it is served, in a process of its own and with asynchronous scheduling. Figures of that process
+    # are fetched by functions that it is sent.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     begun = time.perf_counter()
     llm = make_engine(contender, args)
     started = time.perf_counter() - begun
@@ -153,16 +154,17 @@ def measure(
     for _ in range(args.rounds):
         prompts = [[*p, *a, *draw(QUESTION)] for p, a in zip(prompts, last.answers, strict=True)]
         rounds.append(
-            last := answer_all(llm, prompts, exactly(args.tokens), lambda: before.append(read_counts()))
+            last := answer_all(llm, prompts, exactly(args.tokens), lambda: before.append(read_counts(llm)))
         )
-        traffic.append(read_counts().since(before[-1]) if before else Counts())
+        traffic.append(read_counts(llm).since(before[-1]) if before else Counts())
         print(
             f"{contender}: {rounds[-1].tokens / rounds[-1].total:.1f} tokens/s", file=sys.stderr, flush=True
         )
     cache = llm.llm_engine.vllm_config.cache_config
+    (memory,) = llm.collective_rpc(memory_of_worker)
     found: dict[str, Any] = {
         "kv_tokens": cache.num_gpu_blocks * cache.block_size,
-        "device_gib": torch.cuda.max_memory_reserved() / GIB,
+        "device_gib": memory["device"] / GIB,
         "prefill_ms": prefill.total * 1e3,
         "return_ms": [r.first * 1e3 for r in rounds],
         "settling_ms": [r.settling * 1e3 for r in rounds],
@@ -179,8 +181,7 @@ def measure(
             for name in ("pages_wanted", "pages_found", "pages_evicted", "host_bytes_fetched", "sparse_rows")
         )
         found |= {
-            "device_gib": (torch.cuda.max_memory_reserved() - pool.held_bytes()) / GIB,
-            "page_cache_gib": page_cache_bytes(llm) / GIB,
+            "page_cache_gib": memory["page_caches"] / GIB,
             "hit_rate": got / wanted,
             "bus_bytes_per_token": nbytes / rows,
             "bus_bound_step_ms": nbytes / rows * load.batch / BUS * 1e3,
@@ -189,19 +190,29 @@ def measure(
     return found
 
 
-def read_counts() -> Counts:
+def read_counts(llm: Any) -> Counts:
     """The kernels' counters, once all that was started has ended."""
+    (counts,) = llm.collective_rpc(counts_of_worker)
+    return Counts(**counts)
+
+
+def counts_of_worker(worker: Any) -> dict[str, float]:
+    """Runs in the engine's process."""
     torch.cuda.synchronize()
-    return meter.get().totals()
+    return asdict(meter.get().totals())
 
 
-def page_cache_bytes(llm: Any) -> int:
-    """What the page caches of all layers take."""
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    groups = {
-        id(layer.impl.sparse_layer.pages.group): layer.impl.sparse_layer.pages.group for layer in layers
+def memory_of_worker(worker: Any) -> dict[str, int]:
+    """Runs in the engine's process: the most bytes that torch took of the device, and those of the page caches."""
+    from vllm_rc_backend.layer import own_layers
+
+    layers = own_layers(worker.vllm_config).values()
+    groups = {id(layer.pages.group): layer.pages.group for layer in layers if layer.pages is not None}
+    return {
+        # To torch the host's pool is device memory, too.
+        "device": torch.cuda.max_memory_reserved() - pool.held_bytes(),
+        "page_caches": sum(group.nbytes for group in groups.values()),
     }
-    return sum(group.nbytes for group in groups.values())
 
 
 def gather(load: Load) -> dict[str, Any]:

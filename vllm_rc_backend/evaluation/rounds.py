@@ -50,7 +50,7 @@ def answer_all(
     """Let an engine answer prompts.
 
     Args:
-        llm: vLLM's ``LLM``, its engine in this process.
+        llm: vLLM's ``LLM``. With its engine in another process a step is what lies between two of its answers.
         params: vLLM's ``SamplingParams``, of all.
         settled: called once, when all have been decoding for ``SETTLED`` steps.
     """
