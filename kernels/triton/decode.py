@@ -168,7 +168,8 @@ def decode_kernel(
     SCORE_STAGES: tl.constexpr,
     MASSES: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
     TILE: tl.constexpr,
     MERGE: tl.constexpr,
     COLS: tl.constexpr,
@@ -304,7 +305,8 @@ def decode_kernel(
                         S,
                         MASSES,
                         GROUP,
-                        BLOCKS,
+                        BLOCK,
+                        SINGLE,
                     )
                 _attend_split(
                     query,
