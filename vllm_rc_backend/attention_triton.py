@@ -686,6 +686,7 @@ class TritonAttention:
             SINGLE=work.select_single,
             TILE=work.decode_tile(joint),
             MERGE=merge_splits,
+            MERGE_ALL=merge_splits >= attenders,
             COLS=merge_columns,
             OVERLAP=work.overlap and not joint,
             num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,

@@ -22,7 +22,14 @@ from vllm_rc_backend.kernels.triton.linear import LOG2_E, damping, tilt
 from vllm_rc_backend.kernels.triton.mass import finite, page_scores, retrieved_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
-from vllm_rc_backend.kernels.triton.overlap import ARRIVAL, let_next_start, wait_for_count, wait_for_previous
+from vllm_rc_backend.kernels.triton.overlap import (
+    ARRIVAL,
+    clear_after,
+    count_up,
+    let_next_start,
+    wait_for_count,
+    wait_for_previous,
+)
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
@@ -172,6 +179,7 @@ def decode_kernel(
     SINGLE: tl.constexpr,
     TILE: tl.constexpr,
     MERGE: tl.constexpr,
+    MERGE_ALL: tl.constexpr,
     COLS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -342,6 +350,8 @@ def decode_kernel(
             if merger < mergers:
                 if SCORES:
                     wait_for_count(attended, arriving)
+                    # Who has passed waits for nobody any more. The answer is looked at after the merge, which hides it.
+                    passed = count_up(merged)
                 for part in range(merger, D // COLS, mergers):
                     merge_columns(
                         partial_out,
@@ -360,18 +370,16 @@ def decode_kernel(
                         attenders,
                         S,
                         MERGE,
+                        MERGE_ALL,
                         COLS,
                         MASSES,
                     )
-                all_merged = True
                 if SCORES:
-                    all_merged = tl.atomic_add(merged, 1, sem="relaxed") == mergers - 1
-                if all_merged:
-                    tl.store(scored, 0)
+                    clear_after(passed, mergers - 1, scored, attended, merged)
+                else:
                     tl.store(attended, 0)
-                    tl.store(merged, 0)
-                    if head == 0:
-                        _count(counters, sparse, slot, seq_len, n_read, pages, S)
+                if (head == 0) & (merger == 0):
+                    _count(counters, sparse, slot, seq_len, n_read, pages, S)
 
 
 @triton.jit
