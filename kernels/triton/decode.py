@@ -342,11 +342,13 @@ def decode_kernel(
             if S.first_order and not SCORES:
                 arriving += (slot >= 0).to(tl.int32)
             tl.debug_barrier()  # all of this program's partial is written before it arrives
-            arrived = tl.atomic_add(attended, 1, sem="acq_rel") + 1
             # Of the programs that run at the same time some merge some columns each, otherwise the last all of them.
-            mergers, merger = 1, tl.where(arrived == arriving, 0, 1)
             if SCORES:
+                tl.atomic_add(attended, 1, sem="release")  # what it was is nothing to wait for
                 mergers, merger = tl.minimum(splits, D // COLS), split
+            else:
+                arrived = tl.atomic_add(attended, 1, sem="acq_rel") + 1
+                mergers, merger = 1, tl.where(arrived == arriving, 0, 1)
             if merger < mergers:
                 if SCORES:
                     wait_for_count(attended, arriving)
