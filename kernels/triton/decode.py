@@ -352,7 +352,8 @@ def decode_kernel(
             if merger < mergers:
                 if SCORES:
                     wait_for_count(attended, arriving)
-                    # Who has passed waits for nobody any more. The answer is looked at after the merge, which hides it.
+                    # Who has passed waits for nobody any more, and split 0 of a sparse row has waited for all scores:
+                    # the last to pass may clear the counters. The merge hides the way of the answer.
                     passed = count_up(merged)
                 for part in range(merger, D // COLS, mergers):
                     merge_columns(
