@@ -205,8 +205,9 @@ class Workspace:
         second = next_power_of_2(
             self.max_selected * self.neighbours if self.neighbours > 1 else self.max_pages
         )
-        # (keys looked at at a time, whether that is all of them)
-        self.select_blocks = tuple((min(max(n, 16), 4096), n <= 4096) for n in (first, second))
+        most = max(first, second, 16)
+        # Keys looked at at a time, and whether that is all of them.
+        self.select_block, self.select_single = min(most, 4096), most <= 4096
 
         def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
@@ -493,7 +494,8 @@ class TritonAttention:
             S=self.shape,
             MASSES=next_power_of_2(scorers),
             GROUP=work.neighbours,
-            BLOCKS=work.select_blocks,
+            BLOCK=work.select_block,
+            SINGLE=work.select_single,
             num_warps=4,
         )
 
@@ -541,7 +543,8 @@ class TritonAttention:
             S=self.shape,
             MASSES=next_power_of_2(scorers),
             GROUP=work.neighbours,
-            BLOCKS=work.select_blocks,
+            BLOCK=work.select_block,
+            SINGLE=work.select_single,
             TILE=work.features_tile,
             SPLITS=next_power_of_2(attenders),
             OVERLAP=work.overlap,
@@ -611,9 +614,11 @@ class TritonAttention:
             SCORE_STAGES=tuning.score_stages,
             MASSES=next_power_of_2(scorers),
             GROUP=work.neighbours,
-            BLOCKS=work.select_blocks,
+            BLOCK=work.select_block,
+            SINGLE=work.select_single,
             TILE=work.decode_tile(joint),
             MERGE=merge_splits,
+            MERGE_ALL=merge_splits >= attenders,
             COLS=merge_columns,
             OVERLAP=work.overlap and not joint,
             num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,

@@ -14,6 +14,9 @@ from vllm_rc_backend.kernels.triton.mass import head_offsets
 from vllm_rc_backend.kernels.triton.topk import (
     HIGHEST,
     LOWEST,
+    UNKNOWN,
+    bounds,
+    bounds_in_memory,
     load_keys,
     running_counts,
     threshold,
@@ -22,7 +25,7 @@ from vllm_rc_backend.kernels.triton.topk import (
 
 
 @triton.jit
-def _place(position, x, real, t, ties, base, first, last, out):
+def _place(position, x, t, ties, base, first, last, out):
     """Write the positions of what is above t, and of the first ``ties`` keys equal to it, to ``out`` from ``base`` on,
     as far as they fall into places ``[first, last)``.
 
@@ -30,7 +33,7 @@ def _place(position, x, real, t, ties, base, first, last, out):
     """
     above, equal = running_counts(x, t)
     place = base + above + tl.minimum(equal, ties) - 1
-    take = real & ((x > t) | ((x == t) & (equal <= ties))) & (place >= first) & (place < last)
+    take = ((x > t) | ((x == t) & (equal <= ties))) & (place >= first) & (place < last)
     tl.store(out + place, position, mask=take)
     return above, equal
 
@@ -40,6 +43,7 @@ def _top(
     keys,
     offsets,
     groups,
+    listed,
     n,
     limit,
     k,
@@ -52,26 +56,34 @@ def _top(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
-    FINAL: tl.constexpr,
 ):
     """Ranks ``[first, last)``, in order of position, of the k largest of n keys: their positions to ``out``.
 
-    Returns bounds of the keys that may still be among the k best.
+    Args:
+        low, high: bounds of the keys that may be among the k best, where they are ``listed``.
+
+    Returns:
+        Such bounds, narrower.
     """
+    reached = tl.full([], UNKNOWN, tl.int32)
     if SINGLE:
-        index, x, real = load_keys(keys, offsets, groups, 0, n, limit, S, GROUP, BLOCK)
-        if not FINAL or GROUP == 1:
-            low = tl.min(tl.where(real, x, HIGHEST), 0)
-            high = tl.max(x, 0) + 1
-        t = threshold(x, k, low, high)
-        ties = k - tl.sum((x > t).to(tl.int32), 0)
-        _place(index, x, real, t, ties, 0, first, last, out)
+        index, x = load_keys(keys, offsets, groups, listed, 0, n, limit, S, GROUP, BLOCK)
+        if not listed:
+            low, high = bounds(x)
+            reached = n
+        t, ties = threshold(x, k, low, high, reached)
+        _place(index, x, t, ties, 0, first, last, out)
     else:
-        t, all_above = threshold_in_memory(keys, offsets, groups, n, limit, k, low, high, S, GROUP, BLOCK)
-        ties, base = k - all_above, 0
+        if not listed:
+            low, high = bounds_in_memory(keys, offsets, groups, listed, n, limit, S, GROUP, BLOCK)
+            reached = n
+        t, ties = threshold_in_memory(
+            keys, offsets, groups, listed, n, limit, k, low, high, reached, S, GROUP, BLOCK
+        )
+        base = 0
         for start in range(0, n, BLOCK):
-            index, x, real = load_keys(keys, offsets, groups, start, n, limit, S, GROUP, BLOCK)
-            above, equal = _place(index, x, real, t, ties, base, first, last, out)
+            index, x = load_keys(keys, offsets, groups, listed, start, n, limit, S, GROUP, BLOCK)
+            above, equal = _place(index, x, t, ties, base, first, last, out)
             used = tl.minimum(tl.max(equal, 0), ties)
             base += tl.max(above, 0) + used
             ties -= used
@@ -93,7 +105,8 @@ def choose_pages(
     S: tl.constexpr,
     MASSES: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
     """Ranks ``[first, last)`` (ascending in the sequence) of the k best of ``pages`` scored pages.
 
@@ -102,55 +115,27 @@ def choose_pages(
             masses of ``scorers`` programs are looked at with that rule only.
         groups: int32 ``[k]`` scratch of this program.
         chosen: int32 ``[k]`` out: places in the mid region.
+        BLOCK, SINGLE: keys looked at at a time, and whether that is all of a level.
     """
-    low, high = tl.full([], LOWEST, tl.int32), tl.full([], HIGHEST, tl.int32)
-    n = pages
     offsets = None
     if S.by_share:
         offsets = head_offsets(masses, scorers, S, MASSES)
+    n_groups = tl.cdiv(pages, GROUP)
+    nested = (GROUP > 1) & (n_groups > k)
+    level_0 = 1
     if GROUP > 1:
-        n_groups = tl.cdiv(pages, GROUP)
-        if n_groups > k:
-            low, high = _top(
-                maxima,
-                offsets,
-                maxima,
-                n_groups,
-                n_groups,
-                k,
-                low,
-                high,
-                0,
-                k,
-                groups,
-                S,
-                1,
-                BLOCKS[0][0],
-                BLOCKS[0][1],
-                False,
-            )
-        else:
-            for start in range(0, n_groups, BLOCKS[0][0]):
-                i = start + tl.arange(0, BLOCKS[0][0])
-                tl.store(groups + i, i, mask=i < n_groups)
-        tl.debug_barrier()
-        n = tl.minimum(n_groups, k) * GROUP
-    _top(
-        keys,
-        offsets,
-        groups,
-        n,
-        pages,
-        k,
-        low,
-        high,
-        first,
-        last,
-        chosen,
-        S,
-        GROUP,
-        BLOCKS[1][0],
-        BLOCKS[1][1],
-        True,
-    )
-    tl.debug_barrier()  # what this program wrote it reads next
+        level_0 = tl.where(nested, 0, 1)
+    low, high = tl.full([], LOWEST, tl.int32), tl.full([], HIGHEST, tl.int32)
+    # Both levels by the same instructions: fetching them for the first time takes longer than executing them.
+    for level in range(level_0, 2):
+        source, n, begin, end, out = keys, pages, first, last, chosen
+        if GROUP > 1:
+            if level == 0:
+                source, n, begin, end, out = maxima, n_groups, 0, k, groups
+        limit, listed = n, nested & (level == 1)
+        if listed:
+            n = k * GROUP
+        low, high = _top(
+            source, offsets, groups, listed, n, limit, k, low, high, begin, end, out, S, GROUP, BLOCK, SINGLE
+        )
+        tl.debug_barrier()  # what this program wrote it reads next

@@ -23,7 +23,14 @@ from vllm_rc_backend.kernels.triton.linear import LOG2_E, damping, tilt
 from vllm_rc_backend.kernels.triton.mass import finite, page_scores, retrieved_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
-from vllm_rc_backend.kernels.triton.overlap import ARRIVAL, let_next_start, wait_for_count, wait_for_previous
+from vllm_rc_backend.kernels.triton.overlap import (
+    ARRIVAL,
+    clear_after,
+    count_up,
+    let_next_start,
+    wait_for_count,
+    wait_for_previous,
+)
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import page_of, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
@@ -170,9 +177,11 @@ def decode_kernel(
     SCORE_STAGES: tl.constexpr,
     MASSES: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
     TILE: tl.constexpr,
     MERGE: tl.constexpr,
+    MERGE_ALL: tl.constexpr,
     COLS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -307,7 +316,8 @@ def decode_kernel(
                         S,
                         MASSES,
                         GROUP,
-                        BLOCKS,
+                        BLOCK,
+                        SINGLE,
                     )
                 _attend_split(
                     query,
@@ -335,14 +345,19 @@ def decode_kernel(
             if S.first_order and not SCORES:
                 arriving += (slot >= 0).to(tl.int32)
             tl.debug_barrier()  # all of this program's partial is written before it arrives
-            arrived = tl.atomic_add(attended, 1, sem="acq_rel") + 1
             # Of the programs that run at the same time some merge some columns each, otherwise the last all of them.
-            mergers, merger = 1, tl.where(arrived == arriving, 0, 1)
             if SCORES:
+                tl.atomic_add(attended, 1, sem="release")  # what it was is nothing to wait for
                 mergers, merger = tl.minimum(splits, D // COLS), split
+            else:
+                arrived = tl.atomic_add(attended, 1, sem="acq_rel") + 1
+                mergers, merger = 1, tl.where(arrived == arriving, 0, 1)
             if merger < mergers:
                 if SCORES:
                     wait_for_count(attended, arriving)
+                    # Who has passed waits for nobody any more, and split 0 of a sparse row has waited for all scores:
+                    # the last to pass may clear the counters. The merge hides the way of the answer.
+                    passed = count_up(merged)
                 for part in range(merger, D // COLS, mergers):
                     merge_columns(
                         partial_out,
@@ -361,18 +376,16 @@ def decode_kernel(
                         attenders,
                         S,
                         MERGE,
+                        MERGE_ALL,
                         COLS,
                         MASSES,
                     )
-                all_merged = True
                 if SCORES:
-                    all_merged = tl.atomic_add(merged, 1, sem="relaxed") == mergers - 1
-                if all_merged:
-                    tl.store(scored, 0)
+                    clear_after(passed, mergers - 1, scored, attended, merged)
+                else:
                     tl.store(attended, 0)
-                    tl.store(merged, 0)
-                    if head == 0:
-                        _count(counters, sparse, slot, seq_len, n_read, pages, S)
+                if (head == 0) & (merger == 0):
+                    _count(counters, sparse, slot, seq_len, n_read, pages, S)
         # Last: nobody in this launch waits for it.
         if (seq_len > 0) & (seq_len % g.page_size == 0) & (split == (0 if SCORES else attenders)):
             finish_page(

@@ -178,7 +178,8 @@ def features_kernel(
     S: tl.constexpr,
     MASSES: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -247,7 +248,8 @@ def features_kernel(
                 S,
                 MASSES,
                 GROUP,
-                BLOCKS,
+                BLOCK,
+                SINGLE,
             )
         if slot >= 0:
             heads = tl.arange(0, M)

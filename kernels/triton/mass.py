@@ -91,9 +91,10 @@ def unread_log_mass(scored_m, scored, retrieved_m, retrieved, S: tl.constexpr):
     """The residual's log-mass ``[merge_rows]`` from ``scored_masses`` and the sum of all ``retrieved_mass``."""
     g: tl.constexpr = S.geometry
     all_m, total = _total(scored_m, scored)
-    rest = total - retrieved * tl.exp2(retrieved_m - finite(all_m))
+    all_m = finite(all_m)
+    rest = total - retrieved * tl.exp2(retrieved_m - all_m)
     rest = tl.maximum(rest, total * SMALLEST_SHARE)
-    return all_m + tl.log2(tl.where(total > 0, rest, 1.0)) + tl.log2(tl.full([], g.page_size, tl.float32))
+    return all_m + tl.log2(rest) + tl.log2(tl.full([], g.page_size, tl.float32))
 
 
 @triton.jit

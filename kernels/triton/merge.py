@@ -32,6 +32,7 @@ def merge_columns(
     attenders,
     S: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALL: tl.constexpr,
     COLS: tl.constexpr,
     MASSES: tl.constexpr,
 ):
@@ -39,7 +40,7 @@ def merge_columns(
 
     Args:
         partial_out, partial_stats, masses: see ``decode_kernel``; they point to the (row, head).
-        SPLITS: partials that are looked at at a time.
+        SPLITS, ALL: partials that are looked at at a time, and whether that is all of them.
     """
     R: tl.constexpr = S.merge_rows
     D: tl.constexpr = S.block_d
@@ -49,15 +50,9 @@ def merge_columns(
     kept = counted[:, None] & (cols < S.head_size)[None, :]
     tile_at = heads[:, None] * D + cols[None, :]
     # .cg everywhere: written by other programs of this launch, so the first-level cache may not answer.
+    # All is asked for before anything is added up: each answer is a trip to the second-level cache.
     if S.completion != "none":
-        # All is asked for before anything is added up: each answer is a trip to the second-level cache.
         summed = tl.where(counted, slot, -1) >= 0
-        rows = tl.load(
-            partial_out + attenders * R * D + tile_at,
-            mask=kept & summed[:, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
         q_K1 = tl.load(
             partial_stats + attenders * PARTIAL_STATS * R + heads,
             mask=summed,
@@ -79,7 +74,8 @@ def merge_columns(
     mass_m = tl.full([R], float("-inf"), tl.float32)
     mass = tl.zeros([R], tl.float32)
     o = tl.zeros([R, COLS], tl.float32)
-    for start in range(0, splits, SPLITS):
+    rows = o
+    for start in range(0, 1 if ALL else splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
         there = (split < splits)[:, None] & counted[None, :]
         at = partial_stats + split[:, None] * (PARTIAL_STATS * R) + heads[None, :]
@@ -89,6 +85,15 @@ def merge_columns(
             other=0.0,
             cache_modifier=".cg",
         )
+        if S.completion != "none":
+            # Here, although it is the same for each: its layout is changed at once, which waits for it.
+            rows = tl.load(
+                partial_out + attenders * R * D + tile_at,
+                mask=kept & summed[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        tl.debug_barrier()  # or the compiler asks for these only when it has got what follows
         m_part = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
         total_part = tl.load(at + R, mask=there, other=0.0, cache_modifier=".cg")
         if S.first_order:
@@ -96,32 +101,41 @@ def merge_columns(
         if S.completion == "paged":
             mass_m_part = tl.load(at + 3 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
             mass_part = tl.load(at + 4 * R, mask=there, other=0.0, cache_modifier=".cg")
-            mass_m, decay, weight = _rescaled(mass_m, mass_m_part)
-            mass = mass * decay + tl.sum(mass_part * weight, 0)
-        if S.first_order:
-            scores_sum += tl.sum(scores_part, 0)
-        m, decay, weight = _rescaled(m, m_part)
-        total = total * decay + tl.sum(total_part * weight, 0)
-        o = o * decay[:, None] + tl.sum(o_part * weight[:, :, None], 0)
-    if S.completion != "none":
-        if slot >= 0:
+            # In one reduction what can be: each is a round through shared memory.
+            best, best_mass, scores_part = tl.reduce((m_part, mass_m_part, scores_part), 0, _largest_and_sum)
+            m, decay, weight = _rescaled(m, best, m_part)
+            mass_m, mass_decay, mass_weight = _rescaled(mass_m, best_mass, mass_m_part)
+            total_part, mass_part = tl.reduce((total_part * weight, mass_part * mass_weight), 0, _sums)
+            mass = mass * mass_decay + mass_part
+        else:
             if S.first_order:
-                log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
-            else:
-                log_mass, value = q_K1, rows  # as ``features.py`` left it
-            if S.completion == "paged":
-                log_mass = unread_log_mass(scored_m, scored, mass_m, mass, S)
-            if S.damping > 0:
-                log_mass = damp(log_mass, m + tl.log2(total), damping)
-            M_all = finite(tl.maximum(m, log_mass))
-            D_U = tl.exp2(log_mass - M_all)
-            shrink = tl.exp2(m - M_all)
-            total = total * shrink + D_U
-            o = o * shrink[:, None] + D_U[:, None] * value
-            if (head == 0) & (first == 0):
-                share = tl.sum(tl.where(heads < S.group, D_U / total, 0.0), 0) / S.group
-                tl.atomic_add(counters + 6, (share * 1e6).to(tl.int64), sem="relaxed")
-    o = o / tl.where(total == 0.0, 1.0, total)[:, None]  # a padding row has read nothing: zeros
+                scores_part = tl.sum(scores_part, 0)
+            m, decay, weight = _rescaled(m, tl.max(m_part, 0), m_part)
+            total_part = tl.sum(total_part * weight, 0)
+        if S.first_order:
+            scores_sum += scores_part
+        total = total * decay + total_part
+        o = o * decay[:, None] + tl.sum(o_part * weight[:, :, None], 0)
+    if slot >= 0:
+        if S.first_order:
+            log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
+        else:
+            log_mass, value = q_K1, rows  # as ``features.py`` left it
+        if S.completion == "paged":
+            log_mass = unread_log_mass(scored_m, scored, mass_m, mass, S)
+        if S.damping > 0:
+            log_mass = damp(log_mass, m + tl.log2(total), damping)
+        M_all = finite(tl.maximum(m, log_mass))
+        D_U = tl.exp2(log_mass - M_all)
+        shrink = tl.exp2(m - M_all)
+        total = total * shrink + D_U
+        D_U /= total
+        o = o * (shrink / total)[:, None] + D_U[:, None] * value
+        if (head == 0) & (first == 0):
+            share = tl.sum(tl.where(heads < S.group, D_U, 0.0), 0) / S.group
+            tl.atomic_add(counters + 6, (share * 1e6).to(tl.int64), sem="relaxed")
+    else:
+        o = o * (1 / tl.where(total == 0.0, 1.0, total))[:, None]  # a padding row has read nothing: zeros
     tl.store(
         out + heads[:, None] * stride_out_head + cols[None, :],
         o.to(out.dtype.element_ty),
@@ -138,7 +152,18 @@ def damp(log_mass, read_log_mass, damping):
 
 
 @triton.jit
-def _rescaled(m, parts):
-    """The maximum ``[R]`` with more parts ``[n, R]``, and the factors of what was summed under the old ones."""
-    new = tl.maximum(m, tl.max(parts, 0))
+def _rescaled(m, best, parts):
+    """The maximum ``[R]`` with more parts ``[n, R]`` of which ``best`` are the largest, and the factors of what was
+    summed under the old ones."""
+    new = tl.maximum(m, best)
     return new, tl.exp2(m - finite(new)), tl.exp2(parts - finite(new)[None, :])
+
+
+@triton.jit
+def _largest_and_sum(a, b, c, d, e, f):
+    return tl.maximum(a, d), tl.maximum(b, e), c + f
+
+
+@triton.jit
+def _sums(a, b, c, d):
+    return a + c, b + d

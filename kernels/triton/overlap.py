@@ -51,3 +51,50 @@ def wait_for_count(counter, count):
     be read. They must run at the same time, or this never ends."""
     tl.inline_asm_elementwise(WAIT, "=r,l,r", [counter, count], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+
+
+PASS = tl.constexpr("""
+{
+    .reg .pred first;
+    .reg .u32 thread;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 first, thread, 0;
+    mov.u32 $0, 0;
+    @first atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
+}
+""")
+
+
+@triton.jit
+def count_up(counter):
+    """Add 1 to an int32 counter and do not wait for the answer: what it was before, in one thread, for ``clear_after``
+    only."""
+    return tl.inline_asm_elementwise(PASS, "=r,l", [counter], dtype=tl.int32, is_pure=False, pack=1)
+
+
+CLEAR = tl.constexpr("""
+{
+    .reg .pred last;
+    .reg .u32 thread;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 last, thread, 0;
+    setp.eq.and.u32 last, $1, $2, last;
+    @last st.relaxed.gpu.global.u32 [$3], 0;
+    @last st.relaxed.gpu.global.u32 [$4], 0;
+    @last st.relaxed.gpu.global.u32 [$5], 0;
+    mov.u32 $0, 0;
+}
+""")
+
+
+@triton.jit
+def clear_after(count, last, first_counter, second_counter, third_counter):
+    """Set three int32 counters to zero, in the program to which ``count_up`` gave ``last``."""
+    tl.inline_asm_elementwise(
+        CLEAR,
+        "=r,r,r,l,l,l",
+        [count, last, first_counter, second_counter, third_counter],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -125,7 +125,8 @@ def choose_kernel(
     S: tl.constexpr,
     MASSES: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
     """Grid (heads, rows): all pages of a (row, head), before they are looked up. Arguments as ``decode_kernel``;
     ``groups`` is int32 ``[rows, heads, max_selected]``.
@@ -150,7 +151,8 @@ def choose_kernel(
             S,
             MASSES,
             GROUP,
-            BLOCKS,
+            BLOCK,
+            SINGLE,
         )
 
 

@@ -2,7 +2,8 @@
 
 Scores are compared as integers: a float32's bits, with the negative numbers turned around, have the order of the
 numbers. The threshold is searched for between two bounds, five ways at a time so that one reduction of four packed
-counts decides; the search ends as soon as exactly k keys are left.
+counts decides; the search ends as soon as exactly k keys are left. The four probes are evenly spaced as numbers, since
+scores lie closer to that than their bits do; where that takes too long, as between 0.001 and 10^30, as integers.
 """
 
 import triton
@@ -10,6 +11,11 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
+UNKNOWN = tl.constexpr(2**30)
+"""A number of keys that none is."""
+
+EVEN_ROUNDS = tl.constexpr(8)
+"""Rounds with evenly spaced numbers: nearly always enough. Then at most 17 more leave a single integer."""
 
 
 @triton.jit
@@ -20,19 +26,26 @@ def ordered_key(score):
 
 
 @triton.jit
-def load_keys(
-    keys, offsets, groups, start, n, limit, S: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Positions in ``keys``, keys and validity of elements ``[start, start + BLOCK)`` of the ``n`` that take part.
+def _score(key):
+    """The float32 of an ``ordered_key``."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
-    With GROUP > 1 they are the members of the listed groups, GROUP neighbours each; ``limit`` keys exist. With the
+
+@triton.jit
+def load_keys(
+    keys, offsets, groups, listed, start, n, limit, S: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Positions in ``keys`` and keys of elements ``[start, start + BLOCK)`` of the ``n`` that take part; where there is
+    none, LOWEST, which no number has.
+
+    If they are ``listed`` they are the members of these groups, GROUP neighbours each; ``limit`` keys exist. With the
     group rule ``share`` a key is made here, of float16 ``[group]`` and from ``mass.head_offsets``.
     """
     i = start + tl.arange(0, BLOCK)
+    index = i
     if GROUP > 1:
-        index = tl.load(groups + i // GROUP, mask=i < n, other=0) * GROUP + i % GROUP
-    else:
-        index = i
+        member = tl.load(groups + i // GROUP, mask=listed & (i < n), other=0) * GROUP + i % GROUP
+        index = tl.where(listed, member, i)
     real = (i < n) & (index < limit)
     # .cg: written by other programs of this launch, so the first-level cache may not answer.
     if S.by_share:
@@ -47,92 +60,141 @@ def load_keys(
         x = tl.where(real, ordered_key(best), LOWEST)
     else:
         x = tl.load(keys + index, mask=real, other=LOWEST, cache_modifier=".cg")
-    return index, x, real
+    return index, x
 
 
 @triton.jit
-def _counts(x, low, step):
-    """How many keys (fewer than 2^15) reach low + step, + 2 step, + 3 step and + 4 step: four int32. They are counted
-    in 16 bits each, so that one reduction does."""
-    first = tl.minimum(low + step, HIGHEST).to(tl.int32)
-    second = tl.minimum(low + 2 * step, HIGHEST).to(tl.int32)
-    third = tl.minimum(low + 3 * step, HIGHEST).to(tl.int32)
-    fourth = tl.minimum(low + 4 * step, HIGHEST).to(tl.int32)
+def bounds(x):
+    """The smallest key, and one that all are below; ``x`` as from ``load_keys``."""
+    smallest, largest = tl.split(tl.max(tl.join(tl.where(x == LOWEST, LOWEST, ~x), x), 0))
+    return ~smallest, tl.minimum(largest, HIGHEST - 1) + 1
+
+
+@triton.jit
+def _middle(low, high):
+    """Halfway between two integers whose difference may not be one."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def _probes(low, high, turn):
+    """Four integers of ``(low, high)``, not empty, in order; the same one again where there is no room for four."""
+    if turn < EVEN_ROUNDS:
+        a, b = _score(low), _score(high)
+        first = ordered_key(a * 0.8 + b * 0.2)
+        second = ordered_key(a * 0.6 + b * 0.4)
+        third = ordered_key(a * 0.4 + b * 0.6)
+        fourth = ordered_key(a * 0.2 + b * 0.8)
+    else:
+        second = _middle(low, high)
+        first, third = _middle(low, second), _middle(second, high)
+        fourth = _middle(third, high)
+    last = high - 1
+    first = tl.minimum(tl.maximum(first, low + 1), last)
+    second = tl.minimum(tl.maximum(second, first), last)
+    third = tl.minimum(tl.maximum(third, second), last)
+    return first, second, third, tl.minimum(tl.maximum(fourth, third), last)
+
+
+@triton.jit
+def _counts(x, first, second, third, fourth):
+    """How many keys (fewer than 2^15) reach each of four probes: four int32. They are counted in 16 bits each, and in
+    one reduction of two sums."""
     lower = (x >= first).to(tl.int32) + ((x >= second).to(tl.int32) << 16)
     upper = (x >= third).to(tl.int32) + ((x >= fourth).to(tl.int32) << 16)
-    sums = tl.sum(lower.to(tl.int64) + (upper.to(tl.int64) << 32), 0)
+    lower, upper = tl.split(tl.sum(tl.join(lower, upper), 0))
+    return lower & 0xFFFF, lower >> 16, upper & 0xFFFF, upper >> 16
+
+
+@triton.jit
+def _compare(low, high, reached, above, probe, count, k):
+    """``_narrow`` by one probe; lower ones come first."""
+    enough = count >= k
+    lower = (not enough) & (probe < high)
     return (
-        (sums & 0xFFFF).to(tl.int32),
-        ((sums >> 16) & 0xFFFF).to(tl.int32),
-        ((sums >> 32) & 0xFFFF).to(tl.int32),
-        (sums >> 48).to(tl.int32),
+        tl.where(enough, probe, low),
+        tl.where(lower, probe, high),
+        tl.where(enough, count, reached),
+        tl.where(lower, count, above),
     )
 
 
 @triton.jit
-def _step(low, high):
-    """A little more than a fifth of ``high - low``, at least 1; int64, since the bounds may be 2^32 apart."""
-    return tl.maximum(((high - low) * 13) >> 6, 1)
+def _narrow(low, high, reached, above, first, second, third, fourth, one, two, three, four, k):
+    """The bounds between which the threshold is left by four probes and their counts, and how many keys reach each."""
+    low, high, reached, above = _compare(low, high, reached, above, first, one, k)
+    low, high, reached, above = _compare(low, high, reached, above, second, two, k)
+    low, high, reached, above = _compare(low, high, reached, above, third, three, k)
+    return _compare(low, high, reached, above, fourth, four, k)
 
 
 @triton.jit
-def _raise(low, reached, probe, count, high, k):
-    """Move the lower bound up to a probe that k keys reach."""
-    enough = (count >= k) & (probe < high)
-    return tl.where(enough, probe, low), tl.where(enough, count, reached)
-
-
-@triton.jit
-def _narrow(low, high, reached, step, first, second, third, fourth, k):
-    """The fifth of ``[low, high)`` that holds the threshold, and the number of keys >= its lower bound."""
-    base = low
-    low, reached = _raise(low, reached, base + step, first, high, k)
-    low, reached = _raise(low, reached, base + 2 * step, second, high, k)
-    low, reached = _raise(low, reached, base + 3 * step, third, high, k)
-    low, reached = _raise(low, reached, base + 4 * step, fourth, high, k)
-    # Above the fourth probe there may be more than a step left.
-    return low, tl.where(low == base + 4 * step, high, tl.minimum(high, low + step)), reached
-
-
-@triton.jit
-def threshold(x, k, low, high):
+def threshold(x, k, low, high, reached):
     """A t that at least k keys reach, and exactly k unless keys equal to t tie.
 
     Args:
         x: int32 keys in registers, fewer than 2^15.
-        low, high: at least k keys are >= low, and fewer than k are >= high.
+        low, high: at least k keys are >= low, and none is >= high.
+        reached: how many are >= low, or UNKNOWN.
+
+    Returns:
+        t, and how many keys equal to t, the first of them, make k with those above it; or a larger number where all do.
     """
-    low, high = low.to(tl.int64), high.to(tl.int64)
-    reached = tl.full([], 2**30, tl.int32)
-    while (high - low > 1) & (reached != k):
-        step = _step(low, high)
-        first, second, third, fourth = _counts(x, low, step)
-        low, high, reached = _narrow(low, high, reached, step, first, second, third, fourth, k)
-    return low.to(tl.int32)
+    above, turn = 0, 0
+    while (low + 1 < high) & (reached != k):
+        first, second, third, fourth = _probes(low, high, turn)
+        one, two, three, four = _counts(x, first, second, third, fourth)
+        low, high, reached, above = _narrow(
+            low, high, reached, above, first, second, third, fourth, one, two, three, four, k
+        )
+        turn += 1
+    return low, k - above
+
+
+@triton.jit
+def bounds_in_memory(
+    keys, offsets, groups, listed, n, limit, S: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``bounds`` of keys that are read BLOCK at a time."""
+    low, high = tl.full([], HIGHEST, tl.int32), tl.full([], LOWEST, tl.int32)
+    for start in range(0, n, BLOCK):
+        _, x = load_keys(keys, offsets, groups, listed, start, n, limit, S, GROUP, BLOCK)
+        smallest, largest = bounds(x)
+        low, high = tl.minimum(low, smallest), tl.maximum(high, largest)
+    return low, high
 
 
 @triton.jit
 def threshold_in_memory(
-    keys, offsets, groups, n, limit, k, low, high, S: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+    keys,
+    offsets,
+    groups,
+    listed,
+    n,
+    limit,
+    k,
+    low,
+    high,
+    reached,
+    S: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The same over keys that are read again and again, BLOCK at a time; and the number of keys > t."""
-    low, high = low.to(tl.int64), high.to(tl.int64)
-    reached = tl.full([], 2**30, tl.int32)
-    while (high - low > 1) & (reached != k):
-        step = _step(low, high)
-        first = tl.full([], 0, tl.int32)
-        second, third, fourth = first, first, first
+    """``threshold`` of keys that are read again and again, BLOCK at a time."""
+    above, turn = 0, 0
+    while (low + 1 < high) & (reached != k):
+        first, second, third, fourth = _probes(low, high, turn)
+        one = tl.full([], 0, tl.int32)
+        two, three, four = one, one, one
         for start in range(0, n, BLOCK):
-            _, x, _ = load_keys(keys, offsets, groups, start, n, limit, S, GROUP, BLOCK)
-            one, two, three, four = _counts(x, low, step)
-            first, second, third, fourth = first + one, second + two, third + three, fourth + four
-        low, high, reached = _narrow(low, high, reached, step, first, second, third, fourth, k)
-    t = low.to(tl.int32)
-    above = tl.full([], 0, tl.int32)
-    for start in range(0, n, BLOCK):
-        _, x, _ = load_keys(keys, offsets, groups, start, n, limit, S, GROUP, BLOCK)
-        above += tl.sum((x > t).to(tl.int32), 0)
-    return t, above
+            _, x = load_keys(keys, offsets, groups, listed, start, n, limit, S, GROUP, BLOCK)
+            more = _counts(x, first, second, third, fourth)
+            one, two, three, four = one + more[0], two + more[1], three + more[2], four + more[3]
+        low, high, reached, above = _narrow(
+            low, high, reached, above, first, second, third, fourth, one, two, three, four, k
+        )
+        turn += 1
+    return low, k - above
 
 
 @triton.jit

@@ -40,6 +40,11 @@ def test_interpreted_kernels_agree_with_the_reference() -> None:
     run(arguments, TRITON_INTERPRET="1")
 
 
+def test_interpreted_top_k_agrees_with_a_sort() -> None:
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "topk_interpreted.py")]
+    run(arguments, TRITON_INTERPRET="1")
+
+
 def test_interpreted_page_cache_returns_what_the_pool_holds() -> None:
     files = [str(HERE / name) for name in ("page_cache_interpreted.py", "staging_interpreted.py")]
     run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files], TRITON_INTERPRET="1")

@@ -337,7 +337,7 @@ def test_keys_that_do_not_fit_into_registers(group: int, rule: str) -> None:
     )
     runner = Runner(case, "cpu")
     assert (runner.workspace.neighbours > 1) == (group > 1)
-    runner.workspace.select_blocks = ((16, False), (16, False))
+    runner.workspace.select_block, runner.workspace.select_single = 16, False
     runner.prefill()
     runner.decode([2400])
 
