@@ -140,7 +140,7 @@ def _log2(x):
 
 
 @triton.jit
-def run_scores(codes, scales, index, a, b, c, d, factor, offset, mask, S: tl.constexpr, TILE: tl.constexpr):
+def run_scores(codes, scales, index, a, b, c, d, factor, offset, S: tl.constexpr, TILE: tl.constexpr):
     """Log-mean-exp over the runs of some pages, base 2: float32 ``[TILE, block_n]``.
 
     Args:
@@ -156,23 +156,21 @@ def run_scores(codes, scales, index, a, b, c, d, factor, offset, mask, S: tl.con
     ALL: tl.constexpr = ROWS * TILE
     row = tl.arange(0, ROWS)
     first = tl.reshape((row * RUNS)[:, None] + index[None, :], [ALL])
-    real = tl.reshape((row >= 0)[:, None] & mask[None, :], [ALL])
     byte = tl.arange(0, ROW)
-    stored = tl.load(
-        codes + first[:, None] * (S.head_size // 4) + (byte // Q * (S.head_size // 4) + byte % Q)[None, :],
-        mask=real[:, None] & (byte % Q < S.head_size // 4)[None, :],
-        other=0,
-    )
+    at = first[:, None] * (S.head_size // 4) + (byte // Q * (S.head_size // 4) + byte % Q)[None, :]
+    if Q == S.head_size // 4:
+        stored = tl.load(codes + at)
+    else:
+        stored = tl.load(
+            codes + at, mask=(first >= 0)[:, None] & (byte % Q < S.head_size // 4)[None, :], other=0
+        )
     sums = tl.zeros([ALL, a.shape[0]], tl.int32) - offset[None, :]
     sums = tl.dot(_cut_out(stored, 0), tl.trans(a), sums, out_dtype=tl.int32)
     sums = tl.dot(_cut_out(stored, 1), tl.trans(b), sums, out_dtype=tl.int32)
     sums = tl.dot(_cut_out(stored, 2), tl.trans(c), sums, out_dtype=tl.int32)
     sums = tl.dot(_cut_out(stored, 3), tl.trans(d), sums, out_dtype=tl.int32)
     # Page first, as they lie in memory: only loads of four bytes or more are issued ahead.
-    run = tl.arange(0, V)
-    unit = tl.load(
-        scales + index[:, None] + run[None, :], mask=mask[:, None] & (run >= 0)[None, :], other=0.0
-    )
+    unit = tl.load(scales + index[:, None] + tl.arange(0, V)[None, :])
     unit = tl.permute(tl.reshape(unit, [TILE, ROWS, RUNS]), (1, 0, 2)).to(tl.float32)
     scores = tl.reshape(sums.to(tl.float32) * factor[None, :], [ROWS, TILE, RUNS, N]) * unit[:, :, :, None]
     best = tl.max(tl.max(scores, 0), 1)
