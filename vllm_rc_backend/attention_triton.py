@@ -124,7 +124,7 @@ class Tuning:
 
     score_elements: int = 16384  # bytes of statistics, padding included, at a time
     score_warps: int = 4
-    score_stages: int = 5
+    score_stages: int = 3  # one more than the tiles in shared memory
     score_programs: int = 4  # per multiprocessor
     decode_elements: int = 16384  # of K, and as many of V, at a time
     joint_score_elements: int = 16384  # the same two in one launch, where registers are fewer

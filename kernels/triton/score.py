@@ -13,7 +13,7 @@ from vllm_rc_backend.kernels.triton.linear import LOG2_E
 from vllm_rc_backend.kernels.triton.matmul import dot
 from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.runs import query_parts, run_scores
-from vllm_rc_backend.kernels.triton.topk import LOWEST, ordered_key
+from vllm_rc_backend.kernels.triton.topk import ordered_key
 
 INT8_PLANE = tl.constexpr(16256.0)  # 127 * 128: the largest sum of two planes of 8 and 7 bits
 LARGEST = tl.constexpr(60000.0)  # a float16 holds it; beyond it nothing else has any weight
@@ -42,14 +42,14 @@ def _planes(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _products(codes, index, unit, high, low, factor, mask, S: tl.constexpr):
+def _products(codes, index, unit, high, low, factor, S: tl.constexpr):
     """Dot products of one statistic of some pages with the query heads: float32 ``[pages, n]``."""
     cols = tl.arange(0, S.block_d)
-    x = tl.load(
-        codes + index[:, None] * S.head_size + cols[None, :],
-        mask=mask[:, None] & (cols < S.head_size)[None, :],
-        other=0,
-    )
+    at = codes + index[:, None] * S.head_size + cols[None, :]
+    if S.block_d == S.head_size:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(index >= 0)[:, None] & (cols < S.head_size)[None, :], other=0)
     if codes.dtype.element_ty == tl.int8:
         sums = tl.dot(x, high, out_dtype=tl.int32) * 128 + tl.dot(x, low, out_dtype=tl.int32)
         result = sums.to(tl.float32) * unit[:, None] * factor[None, :]
@@ -60,17 +60,36 @@ def _products(codes, index, unit, high, low, factor, mask, S: tl.constexpr):
 
 
 @triton.jit
-def _units(scales, index, mask, S: tl.constexpr):
+def _units(scales, index, S: tl.constexpr):
     """The factors of a page's int8 vectors: float32 ``[pages]`` twice (the same one twice if there is one)."""
     if S.vectors == 2:
         # Neighbours in memory: one load of 32 bits, which can go to shared memory asynchronously.
-        both = tl.load((scales + index).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+        both = tl.load((scales + index).to(tl.pointer_type(tl.int32)))
         first = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         second = ((both >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        first = tl.load(scales + index, mask=mask, other=0.0).to(tl.float32)
+        first = tl.load(scales + index).to(tl.float32)
         second = first
     return first, second
+
+
+@triton.jit
+def _tile_pages(block_table, start, pages, g: tl.constexpr, TILE: tl.constexpr):
+    """Physical pages of ``[start, start + TILE)`` of the mid region's ``pages``: int32 ``[TILE]``, of every 16 first
+    those at even places. A thread has rows 0 and 8, 1 and 9, ... of a matrix product, and so neighbours.
+
+    Beyond the last page it is the last one again, so that no load of statistics needs a mask; nothing is stored there.
+    """
+    row = tl.arange(0, TILE)
+    i = start + row // 16 * 16 + row % 8 * 2 + row % 16 // 8
+    return page_of(block_table, tl.minimum(i, pages - 1) + g.sink_pages, None, g)
+
+
+@triton.jit
+def _page_order(x, TILE: tl.constexpr):
+    """Rows ``[TILE, n]`` in the order of ``_tile_pages`` to the order of pages."""
+    N: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(x, [TILE // 16, 2, 8, N]), (0, 2, 1, 3)), [TILE, N])
 
 
 @triton.jit
@@ -111,7 +130,7 @@ def score_pages(
     cols = tl.arange(0, S.block_d)
     member = heads < S.group
     if S.query_map == "runs":
-        first, second, third, fourth, factor, offset = query_parts(query, stride_query_head, rotation, S)
+        first, second, third, fourth, factor, begin = query_parts(query, stride_query_head, rotation, S)
         factor *= scale * LOG2_E
     else:
         q = tl.load(
@@ -126,27 +145,34 @@ def score_pages(
     if S.query_map == "square":
         high2, low2, factor2 = _planes(q * q * S.spread_weight, codes.dtype.element_ty)
 
-    m = tl.full([TILE, N], -LARGEST, tl.float32)
-    total = tl.zeros([TILE, N], tl.float32)
+    m = tl.full([TILE // 2, N], -LARGEST, tl.float32)
+    total = tl.zeros([TILE // 2, N], tl.float32)
+    if not S.by_share:
+        # Keys and maxima of the first tile, side by side: one store for both takes one barrier.
+        row, is_top = tl.arange(0, TILE)[:, None], tl.arange(0, 2)[None, :] == 1
+        key_at = tl.where(is_top, maxima + row // GROUP, keys + row)
+        is_first = (row % GROUP == 0) | (is_top == 0)
+    step = splits * TILE
+    next_page = _tile_pages(block_table, split * TILE, pages, g, TILE)
     # num_stages on the loop: also the loads that feed no matrix product are issued ahead.
-    for tile in tl.range(split, tl.cdiv(pages, TILE), splits, num_stages=STAGES):
-        i = tile * TILE + tl.arange(0, TILE)
-        real = i < pages
-        page = page_of(block_table, i + g.sink_pages, real, g).to(tl.int64)
-        index = (page * S.heads + head) * S.vectors
+    for start in tl.range(split * TILE, pages, step, num_stages=STAGES):
+        i = start + tl.arange(0, TILE)
+        real = tl.arange(0, TILE) < pages - start
+        page = next_page
+        # Needed by the next tile only, and so no load waits for another within an iteration.
+        next_page = _tile_pages(block_table, start + step, pages, g, TILE)
+        index = (page.to(tl.int64) * S.heads + head) * S.vectors
         if S.query_map == "runs":
-            scores = run_scores(
-                codes, scales, index, first, second, third, fourth, factor, offset, real, S, TILE
-            )
+            scores = run_scores(codes, scales, index, first, second, third, fourth, factor, begin, S, TILE)
         else:
             unit, unit2 = factor, factor
             if codes.dtype.element_ty == tl.int8:
-                unit, unit2 = _units(scales, index, real, S)
-            scores = _products(codes, index, unit, high, low, factor, real, S)
+                unit, unit2 = _units(scales, index, S)
+            scores = _products(codes, index, unit, high, low, factor, S)
             if S.vectors == 2:
-                scores += _products(codes, index + 1, unit2, high2, low2, factor2, real, S)
+                scores += _products(codes, index + 1, unit2, high2, low2, factor2, S)
             scores *= LOG2_E
-        j = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+        scores = _page_order(scores, TILE)
         if not S.by_share:
             if S.group_rule == "mean":
                 group_score = tl.sum(tl.where(member[None, :], scores, 0.0), 1) / S.group
@@ -155,11 +181,14 @@ def score_pages(
                 group_score = tl.max(counted, 1)
                 if S.group_rule == "sum":
                     group_score += tl.log2(tl.sum(tl.exp2(counted - group_score[:, None]), 1))
-            key = tl.where(real, ordered_key(group_score), LOWEST)
-            tl.store(keys + i, key, mask=real)
+            key = ordered_key(group_score)
             if GROUP > 1:
                 top = tl.max(tl.reshape(key, [TILE // GROUP, GROUP]), 1)
-                tl.store(maxima + j, top, mask=j * GROUP < pages)
+                top = tl.reshape(tl.broadcast_to(top[:, None], [TILE // GROUP, GROUP]), [TILE])
+                at = key_at + tl.where(is_top, start // GROUP, start)
+                tl.store(at, tl.join(key, top), mask=real[:, None] & is_first)
+            else:
+                tl.store(keys + i, key, mask=real)
         if S.keeps_scores:
             # Rounded before it is summed: what is subtracted for the retrieved pages later must be what was added.
             rounded = tl.minimum(tl.maximum(scores, -LARGEST), LARGEST).to(tl.float16)
@@ -169,11 +198,13 @@ def score_pages(
                 mask=real[:, None] & member[None, :],
             )
             x = tl.where(real[:, None], rounded.to(tl.float32), float("-inf"))
-            new_m = tl.maximum(m, x)
-            total = total * tl.exp2(m - new_m) + tl.exp2(x - new_m)
+            pairs = tl.reshape(x, [TILE // 2, 2, N])  # of a thread, which then rescales its sum once for both
+            new_m = tl.maximum(m, tl.max(pairs, 1))
+            total = total * tl.exp2(m - new_m) + tl.sum(tl.exp2(pairs - new_m[:, None, :]), 1)
             m = new_m
             if S.by_share and GROUP > 1:
                 top = tl.max(tl.reshape(x, [TILE // GROUP, GROUP, N]), 1)
+                j = start // GROUP + tl.arange(0, TILE // GROUP)
                 tl.store(
                     maxima + j[:, None] * S.group + heads[None, :],
                     top.to(tl.float16),
