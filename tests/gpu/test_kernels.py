@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
 from tests.unit.kernels.update_check import check_update
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 
@@ -14,9 +15,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 RAGGED = (500, 1, 0, 131, 333)
 FP8 = {"kv_dtype": torch.float8_e4m3fn, "key_scale": 0.5, "value_scale": 2.0}
-RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
-SHARE: dict[str, Any] = {**RUNS, "group_rule": "share"}
-FEATURES: dict[str, Any] = {**RUNS, "completion": "features"}
 CASES = {
     "default": Case(**RUNS, completion="paged", head_size=128, seq_lens=RAGGED, heads=8),
     "runs, head size 64, 1 query head": Case(**RUNS, completion="paged", group=1, seq_lens=RAGGED),

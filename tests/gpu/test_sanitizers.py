@@ -8,13 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.unit.kernels.cases import RUNS
 from tests.unit.kernels.remember_check import check_remember
 from tests.unit.kernels.update_check import check_update
 from vllm_rc_backend.decaying_memory import linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, check
 from vllm_rc_backend.host_kv.staging import Staging
-
-from .test_kernels import RUNS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,11 +10,12 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from tests.unit.kernels.cases import FEATURES, RUNS
 from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, make_shape
 from vllm_rc_backend.evaluation.kernel_check import Case
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 
-RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2, "completion": "paged"}
+PAGED: dict[str, Any] = {**RUNS, "completion": "paged"}
 
 
 def workspace(**case: Any) -> Workspace:
@@ -28,7 +29,7 @@ def workspace(**case: Any) -> Workspace:
 @pytest.mark.parametrize("heads", [1, 2, 5, 8, 40])
 @pytest.mark.parametrize("max_model_len", [64, 4096, 131072])
 def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len: int) -> None:
-    work = workspace(**RUNS, heads=heads, max_model_len=max_model_len, most=1)
+    work = workspace(**PAGED, heads=heads, max_model_len=max_model_len, most=1)
     joint = [rows for rows in range(1, 513) if work.joint(rows)]
     assert joint == list(range(1, len(joint) + 1))
     assert len(joint) < 512
@@ -41,18 +42,18 @@ def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len
 def test_several_launches_for_other_policies_features_and_shared_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert workspace(**RUNS).joint(1)
+    assert workspace(**PAGED).joint(1)
     assert not workspace(statistics_bits=8).joint(1)
-    assert not workspace(**RUNS | {"completion": "features"}).joint(1)
+    assert not workspace(**FEATURES).joint(1)
     for name in MPS_VARIABLES:
         with monkeypatch.context() as patch:
             patch.setenv(name, "50")
-            assert not workspace(**RUNS).joint(1)
+            assert not workspace(**PAGED).joint(1)
 
 
 @pytest.mark.parametrize(("head_size", "most"), [(64, 256), (96, 256), (128, 256), (256, 128)])
 def test_more_features_than_fit_are_refused(head_size: int, most: int) -> None:
-    case = RUNS | {"completion": "features", "head_size": head_size}
+    case = FEATURES | {"head_size": head_size}
     assert workspace(**case, features=most).shape.features == most
     with pytest.raises(ValueError, match=rf"features_file has {most + 1} features .* --features {most}$"):
         workspace(**case, features=most + 1)
@@ -67,7 +68,7 @@ def test_share_is_refused_without_scores_that_are_masses(selection: str, words: 
 
 
 def test_share_keeps_no_keys() -> None:
-    case = RUNS | {"heads": 8, "most": 1, "max_model_len": 131072}
+    case = PAGED | {"heads": 8, "most": 1, "max_model_len": 131072}
     largest, share = workspace(**case), workspace(**case, group_rule="share")
     keys, maxima = largest.keys.nbytes, largest.maxima.nbytes
     assert share.keys is share.head_scores
@@ -76,7 +77,7 @@ def test_share_keeps_no_keys() -> None:
 
 
 def test_the_buffers_hold_the_partial_results_of_any_batch() -> None:
-    work = workspace(**RUNS, heads=8, most=48, max_model_len=8192)
+    work = workspace(**PAGED, heads=8, most=48, max_model_len=8192)
     for rows in range(1, 49):
         assert rows * 8 * (work.attenders(rows) + 1) <= len(work.partial_out) == len(work.partial_stats)
         assert rows * 8 * work.scorers(rows) <= len(work.masses)
@@ -84,7 +85,7 @@ def test_the_buffers_hold_the_partial_results_of_any_batch() -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_no_program_of_one_launch_merges_twice(heads: int) -> None:
-    work = workspace(**RUNS, heads=heads, head_size=128, max_model_len=131072, most=200 // heads)
+    work = workspace(**PAGED, heads=heads, head_size=128, max_model_len=131072, most=200 // heads)
     for rows in range(1, 200 // heads + 1):
         splits, columns = work.merge_tile(rows)
         assert splits * work.shape.merge_rows * columns <= work.tuning.merge_elements
@@ -92,9 +93,7 @@ def test_no_program_of_one_launch_merges_twice(heads: int) -> None:
             assert work.shape.block_d // columns <= work.attenders(rows)
 
 
-@pytest.mark.parametrize(
-    "case", [RUNS, RUNS | {"completion": "features", "features": 256}], ids=["paged", "features"]
-)
+@pytest.mark.parametrize("case", [PAGED, FEATURES | {"features": 256}], ids=["paged", "features"])
 @pytest.mark.parametrize("head_size", [64, 96, 128])
 def test_a_chunk_of_one_sequence_fills_the_gpu(case: dict[str, Any], head_size: int) -> None:
     work = workspace(**case, heads=8, most=300, head_size=head_size)

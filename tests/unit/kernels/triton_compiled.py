@@ -16,6 +16,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.unit.kernels.cases import RUNS, SHARE
 from vllm_rc_backend import attention_triton, summaries_triton
 from vllm_rc_backend.attention_triton import TritonAttention, Workspace, make_shape, most_features
 from vllm_rc_backend.decaying_memory import BLOCK, TILE
@@ -35,8 +36,6 @@ DEFAULT = {
     "budget": 2048,
     "max_model_len": 131072,
 }
-RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
-SHARE: dict[str, Any] = {**RUNS, "group_rule": "share"}
 VARIANTS = {
     "box": Case(**DEFAULT, statistics_bits=8),
     "default": Case(**DEFAULT, **RUNS, completion="paged"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
 from tests.unit.kernels.remember_check import check_remember
 from tests.unit.kernels.update_check import check_update
 from vllm_rc_backend.attention_triton import Tuning
@@ -19,9 +20,6 @@ from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.reference import SummaryTags
 from vllm_rc_backend.summaries_triton import SummaryPlanner
 
-RUNS: dict[str, Any] = {"selection": "runs", "statistics_bits": 2}
-SHARE: dict[str, Any] = {**RUNS, "group_rule": "share"}
-FEATURES: dict[str, Any] = {**RUNS, "completion": "features"}
 # In two levels: a long row has more groups than pages to choose, so that the first level has something to leave out.
 CASES = {
     "default": (Case(**RUNS, completion="paged", head_size=128), 3),

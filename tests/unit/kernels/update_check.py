@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tests.unit.kernels.cases import RUNS
 from vllm_rc_backend.attention_triton import TritonAttention, Workspace, make_shape
 from vllm_rc_backend.evaluation.kernel_check import Case
 from vllm_rc_backend.kernels import reference
@@ -15,7 +16,7 @@ from vllm_rc_backend.summaries_triton import ROWS, SummaryUpdater
 
 def check_update(device: str, completion: str) -> None:
     """More rows than one program looks through; layers with factors of their own, one in another memory order."""
-    case = Case(completion=completion, selection="runs", statistics_bits=2, slots=ROWS + 3)
+    case = Case(**RUNS, completion=completion, slots=ROWS + 3)
     layout, rows, blocks = case.layout, ROWS + 2, 3 * (ROWS + 2)
     size, width = layout.geometry.block_size, 2 * layout.head_size
     shape = make_shape(layout, case.group, case.group_rule)
