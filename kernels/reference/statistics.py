@@ -15,7 +15,12 @@ def finished_pages(seq_len: int, query_len: int, page_size: int) -> range:
 
 
 STATISTICS_DTYPES = {16: torch.bfloat16, 8: torch.int8, 2: torch.uint8}
-"""What statistics are stored as, by bits per element. uint8 holds four elements of 2 bits, the first lowest."""
+"""What statistics are stored as, by bits per element. uint8 holds four elements of 2 bits, the first lowest; the top
+bit is turned over."""
+
+TOP_BIT = 0x80
+"""Turned over, a byte read as two's complement is the number made of its elements minus 128: so integer matrix units
+take it as it is."""
 
 STATISTICS_SCALE_BYTES = {16: 0, 8: 2, 2: 2}
 """Bytes of a vector's scale, by bits per element."""
@@ -51,9 +56,8 @@ def encode_statistics(statistics: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
         # Above zero: an element and its level have the same sign.
         along = (statistics * (levels + 0.5)).sum(dim=-1).clamp(min=SMALLEST_SCALE)
         first, second, third, fourth = (levels + 2).to(dtype).unflatten(-1, (-1, 4)).unbind(-1)
-        return first | second << 2 | third << 4 | fourth << 6, (square / along).clamp(
-            min=SMALLEST_SCALE
-        ).half()
+        packed = (first | second << 2 | third << 4 | fourth << 6) ^ TOP_BIT
+        return packed, (square / along).clamp(min=SMALLEST_SCALE).half()
     scales = (statistics.abs().amax(dim=-1) / 127).clamp(min=SMALLEST_SCALE)
     # The next float16 up: a scale rounded down would push the largest element past 127.
     rounded = scales.half()
@@ -67,7 +71,7 @@ def decode_statistics(codes: Tensor, scales: Tensor | None) -> Tensor:
     """float32 statistics from the stored form."""
     if codes.dtype == torch.uint8 and scales is not None:
         shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device)
-        levels = (codes.unsqueeze(-1) >> shifts & 3).flatten(-2).float() - 1.5
+        levels = ((codes ^ TOP_BIT).unsqueeze(-1) >> shifts & 3).flatten(-2).float() - 1.5
         return levels * scales.float().unsqueeze(-1)
     return codes.float() if scales is None else codes.float() * scales.float().unsqueeze(-1)
 

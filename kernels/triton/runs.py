@@ -3,28 +3,27 @@
 Twin of ``selection/runs.py``. A byte holds four neighbouring elements, so the query is cut into four interleaved parts,
 one for each place in a byte, and each part is multiplied with its two bits of all bytes as they lie in memory.
 
-What limits is arithmetic, not memory, hence three economies. Neighbouring runs of a page, ``S.runs_in_row`` of them,
-are one row of the matrix product, against a query that is repeated block by block along the diagonal: with few query
-heads the columns would be padding otherwise. Bits are masked where they are and only every other pair of places is
-shifted down; the query's part is divided by four instead. The result comes with the runs in dimensions that lie within
-a thread or its neighbours.
+What limits is the number of instructions, not memory, hence these economies. Neighbouring runs of a page,
+``S.runs_in_row`` of them, are one row of the matrix product, against a query that is repeated block by block along the
+diagonal: with few query heads the columns would be padding otherwise. Places are masked where they are and never
+shifted: the two lower ones are summed up apart, in units sixteen times as large. The highest is not masked either: it
+is the whole byte, read as a signed number, and the other parts of the query make up for what else is in it. The
+columns of a head are neighbours, and so a thread has all runs of a page and head, as far as ``S.runs_in_row`` is 2.
 """
 
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.reference import statistics
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED, dot
 from vllm_rc_backend.kernels.triton.paged import page_rows
 
-CUT_OUT = tl.constexpr(
-    (
-        "and.b32 $0, $1, 0x03030303;",
-        "and.b32 $0, $1, 0x0C0C0C0C;",
-        "shr.u32 $0, $1, 4; and.b32 $0, $0, 0x03030303;",
-        "shr.u32 $0, $1, 4; and.b32 $0, $0, 0x0C0C0C0C;",
-    )
-)
+# Added to the bits of this float32, an integer below 2^22 is added to its value: a conversion by one subtraction. The
+# products of a head of 256 elements stay below 2.3 million whatever the query is.
+ORIGIN = tl.constexpr(1.5 * 2**23)
+ORIGIN_BITS = tl.constexpr(0x4B400000)
 SMALLEST_SCALE = tl.constexpr(2.0**-14)
+TOP_BIT = tl.constexpr(statistics.TOP_BIT)
 
 
 @triton.jit
@@ -60,7 +59,7 @@ def _rotate_places(a, b, c, d, rotation, PLANES: tl.constexpr, S: tl.constexpr):
 def _query_place(query, stride_query_head, place: tl.constexpr, S: tl.constexpr):
     """Elements 4 j + place of the query heads, repeated for every run of a row: float32 ``[block_q, columns]``."""
     column, j = tl.arange(0, S.columns), tl.arange(0, S.block_q)
-    head = column % S.block_n
+    head = column // S.runs_in_row
     return tl.load(
         query + head[None, :] * stride_query_head + (4 * j + place)[:, None],
         mask=(head < S.group)[None, :] & (j < S.head_size // 4)[:, None],
@@ -75,7 +74,7 @@ def _along_diagonal(x, S: tl.constexpr):
     RUNS: tl.constexpr = S.runs_in_row
     COLUMNS: tl.constexpr = S.columns
     ROW: tl.constexpr = S.row_bytes
-    own = tl.arange(0, RUNS)[:, None] == (tl.arange(0, COLUMNS) // S.block_n)[None, :]
+    own = tl.arange(0, RUNS)[:, None] == (tl.arange(0, COLUMNS) % RUNS)[None, :]
     return tl.trans(tl.reshape(tl.where(own[:, None, :], x[None, :, :], 0.0), [ROW, COLUMNS])).to(tl.int8)
 
 
@@ -88,8 +87,9 @@ def query_parts(query, stride_query_head, rotation, S: tl.constexpr):
         rotation: bfloat16 ``[head_size / 4, head_size / 4]``, from ``attention_triton.rotation_matrix``.
 
     Returns:
-        Four int8 ``[columns, row_bytes]``; their factor, float32, and 1.5 times the sum of what they multiply, int32,
-        both ``[columns]``.
+        Four int8 ``[columns, row_bytes]``, for ``byte & 0x03``, ``byte & 0x0C``, ``byte & 0x30`` and the signed byte:
+        16 times the sum of the first two plus that of the others is the product. Its factor, float32 ``[block_n]``, and
+        what the sum starts from, int32 ``[columns]``: the bits of a float32 minus what the levels' origin adds.
     """
     a, b, c, d = _rotate_places(
         _query_place(query, stride_query_head, 0, S),
@@ -100,30 +100,39 @@ def query_parts(query, stride_query_head, rotation, S: tl.constexpr):
         2,
         S,
     )
+    # A byte of levels is a + 4 b + 16 c + 64 (d - 2), and so the coefficients of a, b and c lack what the byte's adds.
     # Reduced once each, after the four parts have met element by element.
-    largest = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
-    factor = tl.maximum(tl.max(largest, 0), 1e-30) / 127.0
-    a = tl.floor(a / factor[None, :] + 0.5)
-    b = tl.floor(b / (4 * factor)[None, :] + 0.5)
-    c = tl.floor(c / factor[None, :] + 0.5)
-    d = tl.floor(d / (4 * factor)[None, :] + 0.5)
-    # Half a unit of a sum of some thousands is lost: a hundredth of what two bits lose.
-    offset = (1.5 * tl.sum((a + 4 * b) + (c + 4 * d), 0)).to(tl.int32)
-    factor *= 1.0 / tl.sqrt(tl.full([], S.rotated, tl.float32))
+    d *= 0.25
+    largest = tl.maximum(tl.abs(a - d / 16), tl.abs(b * 0.25 - d / 16))
+    largest = tl.maximum(largest, tl.maximum(tl.abs(c - d), tl.abs(d)))
+    # Half a unit is left for the rounding of d, which c makes up for.
+    factor = tl.maximum(tl.max(largest, 0), 1e-30) / 126.5
+    d = tl.floor(d / factor[None, :] + 0.5)
+    a = tl.floor(a / factor[None, :] - d / 16 + 0.5)
+    b = tl.floor(b / (4 * factor)[None, :] - d / 16 + 0.5)
+    c = tl.floor(c / factor[None, :] - d + 0.5)
+    # 1.5 times the sum of the coefficients, 16 (a + 4 b + c) + (1 + 4 + 16 + 64) d, less the 128 d that the signed byte
+    # lacks. Half a unit of a sum of thousands is lost, nothing beside what two bits lose.
+    shift = tl.sum((24 * a + 96 * b) + (24 * c - 0.5 * d), 0).to(tl.int32)
+    factor *= 1.0 / (16.0 * tl.sqrt(tl.full([], S.rotated, tl.float32)))
+    factor = tl.max(tl.reshape(factor, [S.block_n, S.runs_in_row]), 1)  # the same for all runs
     a, b, c, d = _along_diagonal(a, S), _along_diagonal(b, S), _along_diagonal(c, S), _along_diagonal(d, S)
-    return a, b, c, d, factor, offset
+    return a, b, c, d, factor, -shift + ORIGIN_BITS
+
+
+@triton.constexpr_function
+def _and(mask):
+    """PTX that masks four bytes at a time."""
+    return f"and.b32 $0, $1, {mask * 0x01010101};"
 
 
 @triton.jit
-def _cut_out(codes, place: tl.constexpr):
-    """Two bits of every byte, as int8, times four at odd places."""
+def _masked(codes, MASK: tl.constexpr):
+    """Some bits of every byte, as int8."""
     if INTERPRETED:
-        result = ((codes >> (place // 2 * 4)) & (3 << (place % 2 * 2))).to(tl.int8)
+        result = (codes & MASK).to(tl.int8)
     else:
-        # Four bytes at a time: bits that cross from one to the next are masked away.
-        result = tl.inline_asm_elementwise(
-            CUT_OUT[place], "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
-        )
+        result = tl.inline_asm_elementwise(_and(MASK), "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
     return result
 
 
@@ -139,13 +148,19 @@ def _log2(x):
     return result
 
 
+@triton.constexpr_function
+def _log2_exact(power):
+    """Of a power of two."""
+    return power.bit_length() - 1
+
+
 @triton.jit
-def run_scores(codes, scales, index, a, b, c, d, factor, offset, S: tl.constexpr, TILE: tl.constexpr):
+def run_scores(codes, scales, index, a, b, c, d, factor, start, S: tl.constexpr, TILE: tl.constexpr):
     """Log-mean-exp over the runs of some pages, base 2: float32 ``[TILE, block_n]``.
 
     Args:
         index: of the pages' first vectors in the store, int64 ``[TILE]``.
-        a, b, c, d, factor, offset: from ``query_parts``; the factor gives scores in base 2.
+        a, b, c, d, factor, start: from ``query_parts``; the factor gives scores in base 2.
     """
     V: tl.constexpr = S.vectors
     RUNS: tl.constexpr = S.runs_in_row
@@ -154,8 +169,8 @@ def run_scores(codes, scales, index, a, b, c, d, factor, offset, S: tl.constexpr
     ROW: tl.constexpr = S.row_bytes
     N: tl.constexpr = S.block_n
     ALL: tl.constexpr = ROWS * TILE
-    row = tl.arange(0, ROWS)
-    first = tl.reshape((row * RUNS)[:, None] + index[None, :], [ALL])
+    LOG2_RUNS: tl.constexpr = _log2_exact(V)
+    first = tl.reshape((tl.arange(0, ROWS) * RUNS)[:, None] + index[None, :], [ALL])
     byte = tl.arange(0, ROW)
     at = first[:, None] * (S.head_size // 4) + (byte // Q * (S.head_size // 4) + byte % Q)[None, :]
     if Q == S.head_size // 4:
@@ -164,18 +179,23 @@ def run_scores(codes, scales, index, a, b, c, d, factor, offset, S: tl.constexpr
         stored = tl.load(
             codes + at, mask=(first >= 0)[:, None] & (byte % Q < S.head_size // 4)[None, :], other=0
         )
-    sums = tl.zeros([ALL, a.shape[0]], tl.int32) - offset[None, :]
-    sums = tl.dot(_cut_out(stored, 0), tl.trans(a), sums, out_dtype=tl.int32)
-    sums = tl.dot(_cut_out(stored, 1), tl.trans(b), sums, out_dtype=tl.int32)
-    sums = tl.dot(_cut_out(stored, 2), tl.trans(c), sums, out_dtype=tl.int32)
-    sums = tl.dot(_cut_out(stored, 3), tl.trans(d), sums, out_dtype=tl.int32)
+    lower = tl.zeros([ALL, RUNS * N], tl.int32)
+    lower = tl.dot(_masked(stored, 0x03), tl.trans(a), lower, out_dtype=tl.int32)
+    lower = tl.dot(_masked(stored, 0x0C), tl.trans(b), lower, out_dtype=tl.int32)
+    sums = lower * 16 + start[None, :]
+    sums = tl.dot(_masked(stored, 0x30), tl.trans(c), sums, out_dtype=tl.int32)
+    sums = tl.dot(stored.to(tl.int8, bitcast=True), tl.trans(d), sums, out_dtype=tl.int32)
+    products = sums.to(tl.float32, bitcast=True) - ORIGIN
     # Page first, as they lie in memory: only loads of four bytes or more are issued ahead.
     unit = tl.load(scales + index[:, None] + tl.arange(0, V)[None, :])
     unit = tl.permute(tl.reshape(unit, [TILE, ROWS, RUNS]), (1, 0, 2)).to(tl.float32)
-    scores = tl.reshape(sums.to(tl.float32) * factor[None, :], [ROWS, TILE, RUNS, N]) * unit[:, :, :, None]
-    best = tl.max(tl.max(scores, 0), 1)
-    total = tl.sum(tl.sum(tl.exp2(scores - best[None, :, None, :]), 0), 1)
-    return best + _log2(total * (1.0 / V))
+    scores = tl.reshape(products, [ROWS, TILE, N, RUNS]) * unit[:, :, None, :]
+    # The factor is positive: the best is the best without it, and it comes with the subtraction in one instruction,
+    # which divides by the number of runs, too.
+    best = tl.max(tl.max(scores, 0), 2)
+    subtracted = best * factor[None, :] + LOG2_RUNS
+    weights = tl.exp2(scores * factor[None, None, :, None] - subtracted[None, :, :, None])
+    return best * factor[None, :] + _log2(tl.sum(tl.sum(weights, 0), 2))
 
 
 @triton.jit
@@ -217,7 +237,7 @@ def finish_runs(
     packed = _code(a / step) | _code(b / step) << 2 | _code(c / step) << 4 | _code(d / step) << 6
     tl.store(
         codes + (index + run)[None, :] * (S.head_size // 4) + j[:, None],
-        packed.to(tl.uint8),
+        (packed ^ TOP_BIT).to(tl.uint8),
         mask=real[None, :] & (j < S.head_size // 4)[:, None],
     )
 

@@ -130,7 +130,7 @@ def score_pages(
     cols = tl.arange(0, S.block_d)
     member = heads < S.group
     if S.query_map == "runs":
-        first, second, third, fourth, factor, offset = query_parts(query, stride_query_head, rotation, S)
+        first, second, third, fourth, factor, begin = query_parts(query, stride_query_head, rotation, S)
         factor *= scale * LOG2_E
     else:
         q = tl.load(
@@ -163,7 +163,7 @@ def score_pages(
         next_page = _tile_pages(block_table, start + step, pages, g, TILE)
         index = (page.to(tl.int64) * S.heads + head) * S.vectors
         if S.query_map == "runs":
-            scores = run_scores(codes, scales, index, first, second, third, fourth, factor, offset, S, TILE)
+            scores = run_scores(codes, scales, index, first, second, third, fourth, factor, begin, S, TILE)
         else:
             unit, unit2 = factor, factor
             if codes.dtype.element_ty == tl.int8:

@@ -77,6 +77,17 @@ def test_statistics_are_those_of_the_page_whatever_the_chunks(
     assert (codes[rest] == untouched).all(), "an unfinished or foreign page was written"
 
 
+def test_four_levels_are_one_signed_byte() -> None:
+    levels = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    # Each level as often as the others: no element is moved to another one.
+    codes, scales = encode_statistics((levels.flatten() - 1.5).unsqueeze(0), torch.uint8)
+    assert torch.equal(
+        codes.view(torch.int8).int(), (levels @ torch.tensor([1, 4, 16, 64]) - 128).int().unsqueeze(0)
+    )
+    assert scales is not None
+    assert torch.equal(decode_statistics(codes, scales / scales), levels.flatten().unsqueeze(0) - 1.5)
+
+
 @given(st.floats(-6, 4), st.integers(0, 1000))
 def test_eight_bits_err_by_at_most_half_a_step(exponent: float, seed: int) -> None:
     statistics = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(seed)) * 10**exponent
