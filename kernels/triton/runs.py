@@ -18,10 +18,10 @@ from vllm_rc_backend.kernels.reference import statistics
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED, dot
 from vllm_rc_backend.kernels.triton.paged import page_rows
 
-ONE_AND_A_HALF = tl.constexpr(
-    1.5 * 2**23
-)  # this float32 plus an integer up to 2^22 has the bits of its own ...
-ITS_BITS = tl.constexpr(0x4B400000)  # ... plus that integer: a conversion by one subtraction
+# Added to the bits of this float32, an integer below 2^22 is added to its value: a conversion by one subtraction. The
+# products of a head of 256 elements stay below 2.3 million whatever the query is.
+ORIGIN = tl.constexpr(1.5 * 2**23)
+ORIGIN_BITS = tl.constexpr(0x4B400000)
 SMALLEST_SCALE = tl.constexpr(2.0**-14)
 TOP_BIT = tl.constexpr(statistics.TOP_BIT)
 
@@ -112,12 +112,12 @@ def query_parts(query, stride_query_head, rotation, S: tl.constexpr):
     b = tl.floor(b / (4 * factor)[None, :] - d / 16 + 0.5)
     c = tl.floor(c / factor[None, :] - d + 0.5)
     # 1.5 times the sum of the coefficients, 16 (a + 4 b + c) + (1 + 4 + 16 + 64) d, less the 128 d that the signed byte
-    # lacks. Half a unit of a sum of ten thousands is lost: a thousandth of what two bits lose.
-    origin = tl.sum((24 * a + 96 * b) + (24 * c - 0.5 * d), 0).to(tl.int32)
+    # lacks. Half a unit of a sum of thousands is lost, nothing beside what two bits lose.
+    shift = tl.sum((24 * a + 96 * b) + (24 * c - 0.5 * d), 0).to(tl.int32)
     factor *= 1.0 / (16.0 * tl.sqrt(tl.full([], S.rotated, tl.float32)))
     factor = tl.max(tl.reshape(factor, [S.block_n, S.runs_in_row]), 1)  # the same for all runs
     a, b, c, d = _along_diagonal(a, S), _along_diagonal(b, S), _along_diagonal(c, S), _along_diagonal(d, S)
-    return a, b, c, d, factor, -origin + ITS_BITS
+    return a, b, c, d, factor, -shift + ORIGIN_BITS
 
 
 @triton.constexpr_function
@@ -185,7 +185,7 @@ def run_scores(codes, scales, index, a, b, c, d, factor, start, S: tl.constexpr,
     sums = lower * 16 + start[None, :]
     sums = tl.dot(_masked(stored, 0x30), tl.trans(c), sums, out_dtype=tl.int32)
     sums = tl.dot(stored.to(tl.int8, bitcast=True), tl.trans(d), sums, out_dtype=tl.int32)
-    products = sums.to(tl.float32, bitcast=True) - ONE_AND_A_HALF
+    products = sums.to(tl.float32, bitcast=True) - ORIGIN
     # Page first, as they lie in memory: only loads of four bytes or more are issued ahead.
     unit = tl.load(scales + index[:, None] + tl.arange(0, V)[None, :])
     unit = tl.permute(tl.reshape(unit, [TILE, ROWS, RUNS]), (1, 0, 2)).to(tl.float32)
