@@ -187,7 +187,7 @@ def decode_kernel(
 ):
     """Grid (heads, splits, rows): heads first, whose statistics of a page are neighbours in memory. A launch that only
     ATTENDS has one split more than attenders, which takes the summary and a page that is complete now; in one launch
-    the last and the first that have tokens do.
+    the last that has tokens does.
 
     Args:
         query: ``[rows, heads * group, head_size]``, unscaled.
@@ -386,8 +386,11 @@ def decode_kernel(
                     tl.store(attended, 0)
                 if (head == 0) & (merger == 0):
                     _count(counters, sparse, slot, seq_len, n_read, pages, S)
-        # Last: nobody in this launch waits for it.
-        if (seq_len > 0) & (seq_len % g.page_size == 0) & (split == (0 if SCORES else attenders)):
+        # Last, so that nobody waits for it; and in one launch by a program that, of many, has no part in the merge.
+        finisher = attenders
+        if SCORES:
+            finisher = splits - 1
+        if (seq_len > 0) & (seq_len % g.page_size == 0) & (split == finisher):
             finish_page(
                 kv + head.to(tl.int64) * stride_head,
                 codes,
