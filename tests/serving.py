@@ -102,8 +102,12 @@ class Server:
         return found[0]
 
     def metric_when(self, name: str, least: float) -> float:
-        """A counter once it has reached ``least``, or what it has reached by then: workers write once a second."""
+        """A counter once it has reached ``least``, or what it has reached by then.
+
+        Workers write once a second: one more write shows what was counted too much.
+        """
         eventually(lambda: self.metric(name) >= least)
+        time.sleep(1.5)
         return self.metric(name)
 
     def logged(self, pattern: str) -> re.Match[str]:
