@@ -11,16 +11,25 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
 
 from vllm_rc_backend.observability import metrics
 
+T = TypeVar("T")
 MODEL = str(Path(__file__).parents[1] / "examples" / "model")
+
+
+def eventually(look: Callable[[], T], seconds: float = 10) -> T:
+    """What ``look`` gives once that counts as true, or at the end of this time."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
 
 
 class Server:
@@ -92,18 +101,18 @@ class Server:
         assert found, name
         return found[0]
 
-    def metric_when(self, name: str, least: float, seconds: int = 60) -> float:
-        """A counter once it has reached ``least``, or what it has reached by then: workers write once a second."""
-        deadline = time.monotonic() + seconds
-        while (value := self.metric(name)) < least and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return value
+    def metric_when(self, name: str, least: float) -> float:
+        """A counter once it has reached ``least``, or what it has reached by then.
 
-    def logged(self, pattern: str, seconds: int = 60) -> re.Match[str]:
+        Workers write once a second: one more write shows what was counted too much.
+        """
+        eventually(lambda: self.metric(name) >= least)
+        time.sleep(1.5)
+        return self.metric(name)
+
+    def logged(self, pattern: str) -> re.Match[str]:
         """The first match in its log, once there is one."""
-        deadline = time.monotonic() + seconds
-        while (found := re.search(pattern, self.log.read_text())) is None and time.monotonic() < deadline:
-            time.sleep(0.2)
+        found = eventually(lambda: re.search(pattern, self.log.read_text()))
         assert found, f"{pattern!r} is not in ...{self.log.read_text()[-3000:]}"
         return found
 

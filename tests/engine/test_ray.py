@@ -221,7 +221,7 @@ def test_replicas_of_ray_serve_behind_one_endpoint(prompt: Prompt) -> None:
             texts = list(pool.map(lambda _: client.completions.create(**request).choices[0].text, range(8)))
         assert len(set(texts)) == 1
         streamed = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
-        assert len(streamed) > 1
+        assert len(streamed) > 5
         assert "".join(streamed) == texts[0]
         with pytest.raises(openai.NotFoundError):
             client.completions.create(**request | {"model": "another"})

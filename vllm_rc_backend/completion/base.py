@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -37,7 +38,7 @@ class Residual(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(ABC):
     """Estimates what was not read. Every part of the state is a sum over tokens, so pages may be added in any order."""
 
     name: ClassVar[str]
@@ -48,9 +49,9 @@ class Completion:
     precise_rows: ClassVar[int] = 0
     """Last rows of the state that decoding reads from both bfloat16 planes; the others from the high one."""
 
+    @abstractmethod
     def state_rows(self, head_size: int) -> int:
         """Rows of length head_size in the state of one (sequence, KV head); 0 if there is none."""
-        raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Completion:
         """The same on a device, where it has tensors."""
@@ -60,6 +61,7 @@ class Completion:
         """What reading the state costs, in token-equivalents (one token is K and V at 16 bit)."""
         return (self.state_rows(head_size) + self.precise_rows) / 2
 
+    @abstractmethod
     def contribution(self, keys: Tensor, values: Tensor) -> Tensor:
         """What a run of tokens adds to the state.
 
@@ -69,8 +71,8 @@ class Completion:
         Returns:
             float32 ``[..., state_rows, head_size]``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def residual(self, query: Tensor, state: Tensor, count: int, retrieved: Retrieved) -> Residual:
         """Estimate the residual: the mid region without what was retrieved. Leading dimensions are rows.
 
@@ -80,4 +82,3 @@ class Completion:
             count: tokens of the mid region.
             retrieved: the retrieved tokens, all of the mid region.
         """
-        raise NotImplementedError
