@@ -141,6 +141,7 @@ class Tuning:
     merge_columns: int = 256  # of a head, that a program merges at a time
     joint_columns: int = 16
     update_columns: int = 32
+    update_programs: int = 3  # per multiprocessor
     absorb_programs: int = 2  # per multiprocessor
     absorb_elements: int = 8192  # of a summary, that a program sums up
     absorb_tokens: int = 512  # that it sums up at least

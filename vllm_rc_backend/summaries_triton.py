@@ -26,9 +26,6 @@ CACHE_TYPES = {
     torch.float8_e4m3fn: tl.float8e4nv,
 }
 
-ROWS = 16
-"""Rows that a program of the update looks through."""
-
 
 class SummaryPlanner:
     """Which summary slot each row of a step uses; one per KV-cache group, shared by its layers."""
@@ -130,8 +127,8 @@ class SummaryUpdater:
         shape, work, cache = first.shape, first.workspace, first.cache
         assert cache is not None
         columns = work.update_columns(first.pages is not None)
-        grid = -(-shape.head_size // columns), shape.heads, len(alike.layers) * -(-rows // ROWS)
-        update_kernel[grid](
+        most = rows * len(alike.layers) * shape.heads * -(-shape.head_size // columns)
+        update_kernel[(min(work.processors * work.tuning.update_programs, most),)](
             *alike.addresses,
             alike.factors,
             block_table,
@@ -143,11 +140,12 @@ class SummaryUpdater:
             *cache.strides,
             block_table.stride(0),
             rows,
+            len(alike.layers),
             S=shape,
             DTYPE=CACHE_TYPES[cache.dtype],
             COLS=columns,
             TILE=work.update_tile,
-            ROWS=ROWS,
+            ROWS=next_power_of_2(work.max_rows),
             num_warps=4,
         )
 

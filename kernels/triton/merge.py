@@ -116,7 +116,9 @@ def merge_columns(
             scores_sum += scores_part
         total = total * decay + total_part
         o = o * decay[:, None] + tl.sum(o_part * weight[:, :, None], 0)
-    if slot >= 0:
+    if S.completion == "none":
+        o = _divided(o, total)
+    elif slot >= 0:
         if S.first_order:
             log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
         else:
@@ -135,12 +137,18 @@ def merge_columns(
             share = tl.sum(tl.where(heads < S.group, D_U, 0.0), 0) / S.group
             tl.atomic_add(counters + 6, (share * 1e6).to(tl.int64), sem="relaxed")
     else:
-        o = o * (1 / tl.where(total == 0.0, 1.0, total))[:, None]  # a padding row has read nothing: zeros
+        o = _divided(o, total)
     tl.store(
         out + heads[:, None] * stride_out_head + cols[None, :],
         o.to(out.dtype.element_ty),
         mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
     )
+
+
+@triton.jit
+def _divided(o, total):
+    """A weighted sum of values ``[R, COLS]`` by that of its weights ``[R]``; zeros where nothing was read (padding)."""
+    return o * (1 / tl.where(total == 0.0, 1.0, total))[:, None]
 
 
 @triton.jit

@@ -17,8 +17,8 @@ def _pointer(table, layer, dtype: tl.constexpr):
     return tl.load(table + layer).to(tl.pointer_type(dtype))
 
 
-# Rows differ from step to step: without this, a single one would be compiled as it first occurs.
-@triton.jit(do_not_specialize=["rows"])
+# Rows and work differ from step to step: without this, a single one would be compiled as it first occurs.
+@triton.jit(do_not_specialize=["rows", "layers"])
 def update_kernel(
     caches,
     states,
@@ -36,13 +36,14 @@ def update_kernel(
     stride_token,
     stride_table,
     rows,
+    layers,
     S: tl.constexpr,
     DTYPE: tl.constexpr,
     COLS: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid (column tiles of a summary, heads, layers * groups of ROWS rows).
+    """Any number of programs: they share the work out evenly, whichever rows have some.
 
     Args:
         caches: int64 ``[layers]``, addresses of caches ``[block, head, token, K then V]`` of DTYPE.
@@ -52,15 +53,24 @@ def update_kernel(
         block_table: ``[rows, max_blocks]``.
         plan_slot, plan_source, plan_first, plan_last: of these rows, from ``SummaryPlanner.plan``.
         counters: int64, see ``attention_triton.COUNTERS``.
+        ROWS: at least ``rows``.
     """
     g: tl.constexpr = S.geometry
-    part, head = tl.program_id(0), tl.program_id(1)
-    groups = tl.cdiv(rows, ROWS)
-    layer, begin = tl.program_id(2) // groups, tl.program_id(2) % groups * ROWS
-    row = begin + tl.arange(0, ROWS)
+    PARTS: tl.constexpr = (S.head_size + COLS - 1) // COLS
+    row = tl.arange(0, ROWS)
+    slots = tl.load(plan_slot + row, mask=row < rows, other=-1)
     first = tl.load(plan_first + row, mask=row < rows, other=0)
     last = tl.load(plan_last + row, mask=row < rows, other=0)
-    if tl.max((first < last).to(tl.int32), 0) > 0:
+    busy = ((slots >= 0) & (first < last)).to(tl.int32)
+    nth = tl.cumsum(busy, 0)  # of the rows with work, counted from 1
+    each = layers * S.heads * PARTS
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for turn in range(tl.cdiv(tl.max(nth, 0) * each - program, programs)):
+        item = program + turn * programs
+        # Neighbours have the same keys to read, which the second-level cache then has.
+        part, head, layer = item % PARTS, item // PARTS % S.heads, item // PARTS // S.heads % layers
+        i = tl.max(tl.where((nth == item // each + 1) & (busy > 0), row, 0), 0)
+        slot, source = tl.load(plan_slot + i), tl.load(plan_source + i)
         # What Triton would see of an address that it is launched with: vectors of several elements can be loaded.
         kv = tl.multiple_of(_pointer(caches, layer, DTYPE), 16) + head.to(tl.int64) * stride_head
         state = tl.multiple_of(_pointer(states, layer, tl.bfloat16), 16)
@@ -68,30 +78,23 @@ def update_kernel(
         if S.completion == "features":
             key_weight = tl.multiple_of(_pointer(key_weights, layer, tl.float32), 16)
             key_bias = _pointer(key_biases, layer, tl.float32)
-        key_scale, value_scale = tl.load(factors + 2 * layer), tl.load(factors + 2 * layer + 1)
-        for nth in range(tl.minimum(ROWS, rows - begin)):
-            i = begin + nth
-            slot = tl.load(plan_slot + i)
-            first_page, last_page = tl.load(plan_first + i), tl.load(plan_last + i)
-            if (slot >= 0) & (first_page < last_page):
-                source = tl.load(plan_source + i)
-                if (source < 0) & (part == 0) & (head == 0):
-                    tl.atomic_add(counters + 7, 1, sem="relaxed")
-                matrix, vector = sum_tokens(
-                    kv,
-                    block_table + i.to(tl.int64) * stride_table,
-                    key_weight,
-                    key_bias,
-                    head,
-                    first_page * g.page_size,
-                    last_page * g.page_size,
-                    part * COLS,
-                    key_scale,
-                    value_scale,
-                    stride_block,
-                    stride_token,
-                    S,
-                    COLS,
-                    TILE,
-                )
-                add_sums(matrix, vector, state, slot, source, head, part * COLS, S, COLS)
+        if (source < 0) & (part == 0) & (head == 0):
+            tl.atomic_add(counters + 7, 1, sem="relaxed")
+        matrix, vector = sum_tokens(
+            kv,
+            block_table + i.to(tl.int64) * stride_table,
+            key_weight,
+            key_bias,
+            head,
+            tl.load(plan_first + i) * g.page_size,
+            tl.load(plan_last + i) * g.page_size,
+            part * COLS,
+            tl.load(factors + 2 * layer),
+            tl.load(factors + 2 * layer + 1),
+            stride_block,
+            stride_token,
+            S,
+            COLS,
+            TILE,
+        )
+        add_sums(matrix, vector, state, slot, source, head, part * COLS, S, COLS)

@@ -44,10 +44,12 @@ VARIANTS = {
         **{**DEFAULT, "head_size": 256, "budget": 1 / 32}, **RUNS, completion="paged", group=16
     ),
     "page cache": Case(**DEFAULT, **RUNS, completion="paged", cache_slots=64),
+    "selection only": Case(**DEFAULT, **RUNS, completion="none"),
     "share": Case(**DEFAULT, **SHARE, completion="paged"),
     "share, 16 query heads, short contexts": Case(
         **{**DEFAULT, "max_model_len": 32768}, **SHARE, completion="paged", group=16
     ),
+    "share, 16 query heads, selection only": Case(**DEFAULT, **SHARE, completion="none", group=16),
     "share, features, page cache": Case(
         **DEFAULT, **SHARE, completion="features", features=128, cache_slots=64
     ),

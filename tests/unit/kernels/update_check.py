@@ -11,16 +11,19 @@ from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.reference import PagedKV, SummaryPlan
 from vllm_rc_backend.kernels.reference.summary import split_planes
 from vllm_rc_backend.side_store import SideStore
-from vllm_rc_backend.summaries_triton import ROWS, SummaryUpdater
+from vllm_rc_backend.summaries_triton import SummaryUpdater
+
+ROWS = 16
 
 
 def check_update(device: str, completion: str) -> None:
-    """More rows than one program looks through; layers with factors of their own, one in another memory order."""
+    """Few rows have work, but more than there are programs; layers with factors of their own, one in another order."""
     case = Case(**RUNS, completion=completion, slots=ROWS + 3)
     layout, rows, blocks = case.layout, ROWS + 2, 3 * (ROWS + 2)
     size, width = layout.geometry.block_size, 2 * layout.head_size
     shape = make_shape(layout, case.group, case.group_rule)
     work = Workspace(shape, rows, case.max_model_len, device, case.statistics_bits)
+    work.processors = 10  # fewer programs than work
     factors = [(1.0, 1.0), (0.5, 2.0), (3.0, 0.25)]
     table = torch.randperm(blocks, device=device).view(rows, -1).int()
     pages = table.shape[1] * layout.geometry.pages_per_block
