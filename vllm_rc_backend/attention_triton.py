@@ -128,7 +128,7 @@ class Tuning:
     score_programs: int = 4  # per multiprocessor
     decode_elements: int = 16384  # of K, and as many of V, at a time
     joint_score_elements: int = 16384  # the same two in one launch, where registers are fewer
-    joint_elements: int = 8192
+    joint_elements: int = 16384
     decode_warps: int = 4
     decode_stages: int = 2
     decode_programs: int = 3  # per multiprocessor
@@ -270,6 +270,9 @@ class Workspace:
     def decode_tile(self, joint: bool) -> int:
         """Tokens that a program attends to at a time."""
         elements = self.tuning.joint_elements if joint else self.tuning.decode_elements
+        if joint and self.shape.block_n > 8:
+            # The partial results of more heads need the room: all programs must fit at the same time.
+            elements //= 2
         return max(16, min(elements // self.shape.block_d, 128))
 
     @property
