@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
-from tests.unit.kernels.update_check import check_update
+from tests.unit.kernels.update_check import UPDATES, check_update
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -223,9 +223,9 @@ def test_graph_replay_follows_changing_lengths(completion: str, rule: str) -> No
     assert runner.expected_counts["dense_rows"] > 0
 
 
-@pytest.mark.parametrize("completion", ["paged", "features"])
-def test_update_of_several_layers(completion: str) -> None:
-    check_update("cuda", completion)
+@pytest.mark.parametrize("name", UPDATES)
+def test_update_of_several_layers(name: str) -> None:
+    check_update("cuda", name)
 
 
 @pytest.mark.parametrize("completion", ["paged", "features"])

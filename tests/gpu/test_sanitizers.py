@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.kernels.cases import RUNS
 from tests.unit.kernels.remember_check import check_remember
-from tests.unit.kernels.update_check import check_update
+from tests.unit.kernels.update_check import UPDATES, check_update
 from vllm_rc_backend.decaying_memory import linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, check
 from vllm_rc_backend.host_kv.staging import Staging
@@ -52,9 +52,9 @@ def test_decode(name: str) -> None:
     check(CASES[name], "cuda", steps=2)
 
 
-@pytest.mark.parametrize("completion", ["paged", "features"])
-def test_update(completion: str) -> None:
-    check_update("cuda", completion)
+@pytest.mark.parametrize("name", UPDATES)
+def test_update(name: str) -> None:
+    check_update("cuda", name)
 
 
 def test_memory() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
 from tests.unit.kernels.remember_check import check_remember
-from tests.unit.kernels.update_check import check_update
+from tests.unit.kernels.update_check import UPDATES, check_update
 from vllm_rc_backend.attention_triton import Tuning
 from vllm_rc_backend.decaying_memory import launch_linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
@@ -358,9 +358,9 @@ def test_sequences_that_share_a_prefix_part(completion: str) -> None:
     assert first != second
 
 
-@pytest.mark.parametrize("completion", ["paged", "features"])
-def test_update_of_several_layers(completion: str) -> None:
-    check_update("cpu", completion)
+@pytest.mark.parametrize("name", UPDATES)
+def test_update_of_several_layers(name: str) -> None:
+    check_update("cpu", name)
 
 
 def test_plans_are_those_of_the_reference() -> None:
