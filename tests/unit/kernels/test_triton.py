@@ -51,7 +51,7 @@ def test_interpreted_page_cache_returns_what_the_pool_holds() -> None:
 
 
 def test_kernels_compile_for_hopper_without_spills() -> None:
-    for variant in json.loads(run([str(HERE / "triton_compiled.py")], TRITON_INTERPRET="0")):
+    for variant in json.loads(run(["-m", "tests.unit.kernels.triton_compiled"], TRITON_INTERPRET="0")):
         assert variant["local_bytes"] == 0, f"{variant} spills registers"
         assert variant["shared_bytes"] <= 227 * 1024, f"{variant} does not fit"
         # Two programs per multiprocessor at least, or nothing hides the memory's latency.
