@@ -162,11 +162,14 @@ class Shapes:
             slots=1,
             statistics_bits=setting.statistics_bits,
             geometry=setting.geometry,
-            policy=setting.policy,
+            policy=make_policy(RCTopKConfig.selection)
+            if isinstance(setting.policy, SnapKV)
+            else setting.policy,
             completion=setting.completion,
         )
         reads = layout.token_equivalents(case.context)
         if isinstance(setting.policy, SnapKV):
+            reads["statistics"] = 0.0
             # Its pages at the end of the prompt, and half of what is decoded after, on average.
             reads["tokens"] = setting.geometry.tokens_read(case.context - window) + window / 2
         return reads

@@ -16,24 +16,21 @@ from torch import Tensor
 
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import select_pages
-from vllm_rc_backend.selection import PagePolicy
 
 OBSERVED = 32
 """Tokens of the observation window, the paper's."""
 
 
 @dataclass(frozen=True)
-class SnapKV(PagePolicy):
-    """page score = its share of the attention of the observed queries, summed over them and the group's heads."""
+class SnapKV:
+    """Stands where a ``PagePolicy`` does, without statistics or a score for each query: see ``choose_pages``."""
 
     name: ClassVar[str] = "snapkv"
 
-    def vectors(self, head_size: int) -> int:
-        return 0
-
 
 def choose_pages(observed: Tensor, keys: Tensor, geometry: Geometry) -> Tensor:
-    """The pages of the prompt that are kept.
+    """The pages of the prompt that are kept: those with most of the attention of the observed queries, summed over them
+    and the group's heads.
 
     Args:
         observed: queries of the prompt's last tokens, float32 ``[batch, observed, heads, group, d]``, scaled.

@@ -37,7 +37,7 @@ class Setting:
     """What one sparse run does, as the options of an engine would have it."""
 
     geometry: Geometry
-    policy: PagePolicy
+    policy: PagePolicy | SnapKV
     group_rule: str
     completion: Completion
     statistics_bits: int
@@ -106,12 +106,13 @@ def sparse_window(
     paged_keys, paged_values = (
         x[:, :, : tokens // page * page].unflatten(2, (-1, page)) for x in (keys, values)
     )
-    statistics = _statistics(paged_keys, setting)
     summary = _Summary(keys, values, setting)
-    kept = None
-    if isinstance(setting.policy, SnapKV):
+    policy = setting.policy
+    if isinstance(policy, SnapKV):
         assert observed is not None
         kept = choose_pages(observed, keys[:, :, :start], geometry)
+    else:
+        statistics = _statistics(paged_keys, policy, setting.statistics_bits)
     output = torch.empty_like(query)
     for first, last in _runs(geometry, start, query.shape[1]):
         seq_len = start + first + 1
@@ -121,15 +122,15 @@ def sparse_window(
             continue
         mid_end = geometry.mid_end(seq_len)
         rows = query[:, first:last].transpose(0, 1)  # [rows, batch, heads, group, d]
-        if kept is None:
-            mid = statistics[:, :, geometry.sink_pages : mid_end]
-            selected, unread = _select(rows, mid, setting, geometry.retrieved_pages(seq_len))
-        else:
+        if isinstance(policy, SnapKV):
             later = torch.arange(geometry.mid_end(start), mid_end, device=kept.device) - geometry.sink_pages
             selected = torch.cat((kept, later.expand(*kept.shape[:2], -1)), dim=-1).expand(
                 len(rows), -1, -1, -1
             )
             unread = None
+        else:
+            mid = statistics[:, :, geometry.sink_pages : mid_end]
+            selected, unread = _select(rows, mid, policy, setting, geometry.retrieved_pages(seq_len))
         pages = selected + geometry.sink_pages
 
         page_keys, page_values = (_take(x, pages) for x in (paged_keys, paged_values))
@@ -169,17 +170,17 @@ def _runs(geometry: Geometry, start: int, window: int) -> Iterator[tuple[int, in
         yield offsets[0], offsets[-1] + 1
 
 
-def _statistics(paged_keys: Tensor, setting: Setting) -> Tensor:
+def _statistics(paged_keys: Tensor, policy: PagePolicy, bits: int) -> Tensor:
     """``[batch, heads, pages, vectors, d]`` as read back from the store, float32; the keys if the policy reads them."""
     keys = paged_keys.float()
-    if setting.policy.reads_keys or not setting.policy.vectors(keys.shape[-1]):
+    if policy.reads_keys:
         return keys
-    return decode_statistics(
-        *encode_statistics(setting.policy.statistics(keys), STATISTICS_DTYPES[setting.statistics_bits])
-    )
+    return decode_statistics(*encode_statistics(policy.statistics(keys), STATISTICS_DTYPES[bits]))
 
 
-def _select(rows: Tensor, statistics: Tensor, setting: Setting, count: int) -> tuple[Tensor, Tensor | None]:
+def _select(
+    rows: Tensor, statistics: Tensor, policy: PagePolicy, setting: Setting, count: int
+) -> tuple[Tensor, Tensor | None]:
     """Retrieved pages ``[rows, batch, heads, count]`` of the mid region, and the log-mass of the others if needed."""
 
     def by_row(scores: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ def _select(rows: Tensor, statistics: Tensor, setting: Setting, count: int) -> t
         return split  # [batch, heads, rows, group, pages]
 
     flat = rows.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [batch, heads, rows * group, d]
-    scores = by_row(setting.policy.score(flat, statistics))
+    scores = by_row(policy.score(flat, statistics))
     pages = select_pages(reduce_group(scores, setting.group_rule), count)  # [batch, heads, rows, count]
     unread = None
     if setting.completion.needs_mass:

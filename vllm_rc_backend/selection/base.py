@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PagePolicy:
+class PagePolicy(ABC):
     """Scores a page from a few vectors of head size that are kept for it.
 
     A policy is a pure function of the page's keys, so the side store needs no history: whoever finishes a page can
@@ -25,10 +26,11 @@ class PagePolicy:
     reads_keys: ClassVar[bool] = False
     """True for evaluation-only policies that read the page's keys instead of a statistic."""
 
+    @abstractmethod
     def vectors(self, head_size: int) -> int:
         """Vectors of head size kept per page and KV head: what one query reads for every page."""
-        raise NotImplementedError
 
+    @abstractmethod
     def statistics(self, keys: Tensor) -> Tensor:
         """Statistics of finished pages.
 
@@ -38,8 +40,8 @@ class PagePolicy:
         Returns:
             float32 ``[..., vectors, head_size]``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, query: Tensor, statistics: Tensor) -> Tensor:
         """Page scores, in units of a scaled attention score.
 
@@ -51,4 +53,3 @@ class PagePolicy:
         Returns:
             ``[..., group, pages]``.
         """
-        raise NotImplementedError
