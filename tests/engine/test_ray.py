@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from prometheus_client import REGISTRY
 from vllm_rc_backend.observability import metrics
 
 from ..harness import MODEL, SMALL, Answer, Prompt, answers, assert_same, engine, greedy
+from ..serving import eventually
 
 ray = pytest.importorskip("ray")
 
@@ -113,11 +113,9 @@ def test_actors_answer_as_one_process_does(
 def give_back(placement: Any) -> None:
     """Remove a placement group and wait until its devices are free again: Ray does that in its own time."""
     ray.util.remove_placement_group(placement)
-    for _ in range(100):
-        if ray.available_resources().get("GPU") == ray.cluster_resources()["GPU"]:
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"a removed placement group still holds devices: {ray.available_resources()}")
+    assert eventually(lambda: ray.available_resources().get("GPU") == ray.cluster_resources()["GPU"]), (
+        f"a removed placement group still holds devices: {ray.available_resources()}"
+    )
 
 
 def options_of_worker(worker: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from vllm_rc_backend.host_kv.memory import free_bytes
 from vllm_rc_backend.observability import meter
 
 from ..harness import SCENARIOS, SMALL, Answer, Prompt, answers, assert_close, engine, greedy
+from ..serving import eventually
 
 GPU = {
     "gpu_memory_utilization": 0.3,
@@ -104,10 +104,9 @@ def test_a_process_that_is_killed_leaves_nothing_pinned() -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     # Others may use the machine: most of it must be back.
-    end = time.monotonic() + 20
-    while (back := free_bytes() - while_pinned) < 0.75 * gib * GIB:
-        assert time.monotonic() < end, f"{back / GIB:.1f} of {gib} GiB came back"
-        time.sleep(0.2)
+    assert eventually(lambda: free_bytes() - while_pinned >= 0.75 * gib * GIB, 20), (
+        f"{(free_bytes() - while_pinned) / GIB:.1f} of {gib} GiB came back"
+    )
 
 
 @pytest.mark.parametrize("slots", [0, 40, 400])
