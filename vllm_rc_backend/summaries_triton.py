@@ -90,6 +90,23 @@ class _Alike:
     addresses: Tensor
     factors: Tensor
 
+    @classmethod
+    def of(cls, layers: list[TritonAttention]) -> _Alike:
+        """With the table of their addresses, int64 ``[4, layers]``: caches, states, the maps' weights and biases."""
+        places = [layer.cache for layer in layers]
+        addresses = [[0 if place is None else place.address for place in places]]
+        addresses.append([layer.store.states.data_ptr() for layer in layers])
+        for i in range(2):
+            maps = [layer.maps[i] for layer in layers]
+            addresses.append([0 if x is None else x.data_ptr() for x in maps])
+        factors = [(layer.key_scale, layer.value_scale) for layer in layers]
+        device = layers[0].store.states.device
+        return cls(
+            layers,
+            torch.tensor(addresses, dtype=torch.int64, device=device),
+            torch.tensor(factors, dtype=torch.float32, device=device),
+        )
+
 
 class SummaryUpdater:
     """Adds what decodes leave behind to the summaries of all layers of a KV-cache group."""
@@ -119,7 +136,7 @@ class SummaryUpdater:
         for layer in self.layers:
             if layer.cache is not None:
                 kinds.setdefault((layer.shape, layer.cache.strides, layer.cache.dtype), []).append(layer)
-        self._alike = [_describe(layers) for layers in kinds.values()]
+        self._alike = [_Alike.of(layers) for layers in kinds.values()]
 
     @staticmethod
     def _launch(alike: _Alike, block_table: Tensor, plan: SummaryPlan) -> None:
@@ -148,20 +165,3 @@ class SummaryUpdater:
             ROWS=next_power_of_2(work.max_rows),
             num_warps=4,
         )
-
-
-def _describe(layers: list[TritonAttention]) -> _Alike:
-    """The table of some layers' addresses, int64 ``[4, layers]``: caches, states, the maps' weights and biases."""
-    places = [layer.cache for layer in layers]
-    addresses = [[0 if place is None else place.address for place in places]]
-    addresses.append([layer.store.states.data_ptr() for layer in layers])
-    for i in range(2):
-        maps = [layer.maps[i] for layer in layers]
-        addresses.append([0 if x is None else x.data_ptr() for x in maps])
-    factors = [(layer.key_scale, layer.value_scale) for layer in layers]
-    device = layers[0].store.states.device
-    return _Alike(
-        layers,
-        torch.tensor(addresses, dtype=torch.int64, device=device),
-        torch.tensor(factors, dtype=torch.float32, device=device),
-    )
