@@ -130,9 +130,11 @@ class Tuning:
     joint_score_elements: int = 16384  # the same two in one launch, where registers are fewer
     joint_elements: int = 16384
     decode_warps: int = 4
-    decode_stages: int = 2
+    decode_stages: int = 2  # one more than the tiles in shared memory
+    decode_room: int = 2  # programs that a multiprocessor's registers must do for
     decode_programs: int = 3  # per multiprocessor
     most_splits: int = 16
+    joint_stages: int = 2
     joint_programs: int = 3  # per multiprocessor
     joint_least: int = 2  # of those, for each (row, head)
     joint_warps: int = 4
@@ -142,6 +144,7 @@ class Tuning:
     joint_columns: int = 16
     update_columns: int = 32
     update_programs: int = 3  # per multiprocessor
+    update_tokens: int = 64  # that it sums up at a time
     absorb_programs: int = 2  # per multiprocessor
     absorb_elements: int = 8192  # of a summary, that a program sums up
     absorb_tokens: int = 512  # that it sums up at least
@@ -248,13 +251,22 @@ class Workspace:
         tensors = {x.data_ptr(): x.nbytes for x in vars(self).values() if isinstance(x, Tensor)}
         return sum(tensors.values())
 
-    def most_registers(self, joint: bool) -> int:
-        """Registers of a thread with which the programs that score fit into a multiprocessor as often as they should:
-        65536, given out by eights."""
+    def most_registers(self, scores: bool, attends: bool) -> int | None:
+        """Registers of a thread with which a launch's programs fit into a multiprocessor as often as they should:
+        65536, given out by eights. None where that is all that a thread can have."""
         tuning = self.tuning
-        programs = tuning.joint_programs if joint else tuning.score_programs
-        warps = tuning.joint_warps if joint else tuning.score_warps
-        return min(65536 // (programs * 32 * warps) // 8 * 8, 255)
+        programs = tuning.score_programs if scores else tuning.decode_room
+        if scores and attends:
+            programs = tuning.joint_programs
+        registers = 65536 // (programs * 32 * self.warps(scores, attends)) // 8 * 8
+        return registers if registers < 255 else None
+
+    def warps(self, scores: bool, attends: bool) -> int:
+        """Of a program of such a launch."""
+        tuning = self.tuning
+        if scores and attends:
+            return tuning.joint_warps
+        return tuning.score_warps if scores else tuning.decode_warps
 
     def joint(self, rows: int) -> bool:
         """Whether both phases of a decode are one launch: all its programs must find room at the same time, enough for
@@ -325,7 +337,10 @@ class Workspace:
     @property
     def update_tile(self) -> int:
         """Tokens that such a program sums up at a time."""
-        return self.features_tile if self.shape.features else 32 if self.shape.block_d > 128 else 64
+        tokens = self.tuning.update_tokens
+        return (
+            self.features_tile if self.shape.features else tokens // 2 if self.shape.block_d > 128 else tokens
+        )
 
     def merge_tile(self, rows: int) -> tuple[int, int]:
         """Partial results, and columns of them, that a program merges at a time."""
@@ -625,9 +640,9 @@ class TritonAttention:
             MERGE_ALL=merge_splits >= attenders,
             COLS=merge_columns,
             OVERLAP=work.overlap and not joint,
-            num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,
-            num_stages=tuning.decode_stages,
-            maxnreg=work.most_registers(joint) if scores else None,
+            num_warps=work.warps(scores, attends),
+            num_stages=tuning.joint_stages if joint else tuning.decode_stages,
+            maxnreg=work.most_registers(scores, attends),
             launch_pdl=work.overlap and attends and not joint,
         )
 

@@ -32,34 +32,26 @@ from vllm_rc_backend.kernels.triton.overlap import (
     wait_for_previous,
 )
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
-from vllm_rc_backend.kernels.triton.paged import page_of, token_rows
+from vllm_rc_backend.kernels.triton.paged import block_rows, page_of, token_blocks
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 from vllm_rc_backend.kernels.triton.score import score_pages
 from vllm_rc_backend.kernels.triton.statistics import finish_page
 
 
 @triton.jit
-def _rows(
-    block_table,
-    chosen,
-    start,
-    end,
-    n_retrieved,
-    resume,
-    stride_block,
-    stride_token,
-    g: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Element offsets of positions ``[start, start + TILE)`` of the reading order (see ``_attend``)."""
+def _places(chosen, start, end, n_retrieved, g: tl.constexpr, TILE: tl.constexpr):
+    """Places of the pages of positions ``[start, start + TILE)`` of the reading order (see ``_attend``)."""
     j = start + tl.arange(0, TILE)
-    real = j < end
-    retrieved = j < n_retrieved
-    place = tl.load(chosen + j // g.page_size, mask=real & retrieved, other=0)
+    return tl.load(chosen + j // g.page_size, mask=j < tl.minimum(end, n_retrieved), other=0)
+
+
+@triton.jit
+def _tokens(places, start, n_retrieved, resume, g: tl.constexpr, TILE: tl.constexpr):
+    """The sequence's tokens at positions ``[start, start + TILE)`` of the reading order."""
+    j = start + tl.arange(0, TILE)
     anchor = j - n_retrieved
     token = tl.where(anchor < g.sink_tokens, anchor, anchor - g.sink_tokens + resume)
-    token = tl.where(retrieved, place * g.page_size + g.sink_tokens + j % g.page_size, token)
-    return token_rows(block_table, token, real, stride_block, stride_token, g)
+    return tl.where(anchor < 0, places * g.page_size + g.sink_tokens + j % g.page_size, token)
 
 
 @triton.jit
@@ -98,15 +90,22 @@ def _attend(
     total = tl.zeros([M], tl.float32)
     scores_sum = tl.zeros([M], tl.float32)
     out = tl.zeros([M, D], tl.float32)
+    if reading is None:
+        # Where a tile is, is asked for a tile ahead, and for its pages two: each is a trip to the second-level cache.
+        tokens = _tokens(
+            _places(chosen, begin, end, n_retrieved, g, TILE), begin, n_retrieved, resume, g, TILE
+        )
+        blocks = token_blocks(block_table, tokens, begin + tl.arange(0, TILE) < end, g)
+        places = _places(chosen, begin + TILE, end, n_retrieved, g, TILE)
     for start in range(begin, end, TILE):
         j = start + tl.arange(0, TILE)
         real = j < end
         retrieved = j < n_retrieved
         if reading is None:
-            rows = _rows(
-                block_table, chosen, start, end, n_retrieved, resume, stride_block, stride_token, g, TILE
-            )
-            at = kv + rows[:, None] + cols[None, :]
+            at = kv + block_rows(blocks, tokens, stride_block, stride_token, g)[:, None] + cols[None, :]
+            tokens = _tokens(places, start + TILE, n_retrieved, resume, g, TILE)
+            blocks = token_blocks(block_table, tokens, j < end - TILE, g)
+            places = _places(chosen, start + 2 * TILE, end, n_retrieved, g, TILE)
         else:
             at = cached_rows(kv, content, reading, j, real, stride_block, stride_token, S)
             at = at[:, None] + cols[None, :]

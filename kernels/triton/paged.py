@@ -21,7 +21,19 @@ def page_rows(page, token, stride_block, stride_token, g: tl.constexpr):
 
 
 @triton.jit
+def token_blocks(block_table, token, mask, g: tl.constexpr):
+    """Blocks of a sequence's tokens."""
+    return tl.load(block_table + token // g.block_size, mask=mask, other=0)
+
+
+@triton.jit
+def block_rows(block, token, stride_block, stride_token, g: tl.constexpr):
+    """Element offsets of a sequence's tokens that are in these blocks."""
+    return block.to(tl.int64) * stride_block + (token % g.block_size).to(tl.int64) * stride_token
+
+
+@triton.jit
 def token_rows(block_table, token, mask, stride_block, stride_token, g: tl.constexpr):
     """Element offsets of a sequence's tokens."""
-    block = tl.load(block_table + token // g.block_size, mask=mask, other=0).to(tl.int64)
-    return block * stride_block + (token % g.block_size).to(tl.int64) * stride_token
+    block = token_blocks(block_table, token, mask, g)
+    return block_rows(block, token, stride_block, stride_token, g)
