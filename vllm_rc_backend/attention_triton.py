@@ -128,15 +128,15 @@ class Tuning:
     score_programs: int = 4  # per multiprocessor
     decode_elements: int = 16384  # of K, and as many of V, at a time
     joint_score_elements: int = 16384  # the same two in one launch, where registers are fewer
-    joint_elements: int = 16384
+    joint_elements: int = 8192
+    joint_few_elements: int = 16384  # of rows with ``most_splits`` programs, whose tokens are two tiles then
     decode_warps: int = 4
     decode_stages: int = 2  # one more than the tiles in shared memory
-    decode_room: int = 2  # programs that a multiprocessor's registers must do for
     decode_programs: int = 3  # per multiprocessor
     most_splits: int = 16
-    joint_stages: int = 2
-    joint_programs: int = 3  # per multiprocessor
+    joint_programs: tuple[int, ...] = (3, 4)  # per multiprocessor, more only where fewer do not do
     joint_least: int = 2  # of those, for each (row, head)
+    joint_filled: float = 0.7  # of the room: one for each does, too, where they take as much
     joint_warps: int = 4
     features_elements: int = 8192  # features of tokens at a time
     merge_elements: int = 8192  # of partial results at a time
@@ -144,7 +144,6 @@ class Tuning:
     joint_columns: int = 16
     update_columns: int = 32
     update_programs: int = 3  # per multiprocessor
-    update_tokens: int = 64  # that it sums up at a time
     absorb_programs: int = 2  # per multiprocessor
     absorb_elements: int = 8192  # of a summary, that a program sums up
     absorb_tokens: int = 512  # that it sums up at least
@@ -155,8 +154,9 @@ MPS_VARIABLES = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
 MPS_FOLDER = "/tmp/nvidia-mps"
 """Where the service listens unless a variable says otherwise."""
 
-JOINT_SHARED_BYTES = 76 * 1024
-"""Shared memory that a program of both phases takes at most with the policy runs (a test compiles it to see)."""
+JOINT_SHARED_BYTES = 228 * 1024
+"""Shared memory that a multiprocessor's programs of both phases take at most with the policy runs (a test compiles them
+to see)."""
 
 
 def shares_gpu() -> bool:
@@ -187,12 +187,11 @@ class Workspace:
         cuda = torch.device(device).type == "cuda"
         properties = torch.cuda.get_device_properties(device) if cuda else None
         self.processors = properties.multi_processor_count if properties else 132
-        needed = JOINT_SHARED_BYTES * tuning.joint_programs
-        shared = properties.shared_memory_per_multiprocessor if properties else needed
-        fits = shared >= needed and shape.query_map == "runs"
-        # Programs that wait for each other must all be running, so nobody else may keep a part of the GPU.
-        fits = fits and not shares_gpu()
-        self.room = self.processors * tuning.joint_programs if fits else 0
+        shared = properties.shared_memory_per_multiprocessor if properties else JOINT_SHARED_BYTES
+        self.may_wait = shared >= JOINT_SHARED_BYTES and shape.query_map == "runs" and not shape.features
+        # Programs that wait for each other must all be running, so nobody else may keep a part of the GPU; and Triton's
+        # interpreter runs one after the other.
+        self.may_wait = self.may_wait and not shares_gpu() and not INTERPRETED.value
         self.overlap = tuning.overlap and cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         if shape.query_map == "runs":
             self.page_bytes = shape.vectors * shape.block_q
@@ -251,40 +250,42 @@ class Workspace:
         tensors = {x.data_ptr(): x.nbytes for x in vars(self).values() if isinstance(x, Tensor)}
         return sum(tensors.values())
 
-    def most_registers(self, scores: bool, attends: bool) -> int | None:
-        """Registers of a thread with which a launch's programs fit into a multiprocessor as often as they should:
-        65536, given out by eights. None where that is all that a thread can have."""
+    def most_registers(self, rows: int, joint: bool) -> int:
+        """Registers of a thread with which the programs that score fit into a multiprocessor as often as they should:
+        65536, given out by eights."""
         tuning = self.tuning
-        programs = tuning.score_programs if scores else tuning.decode_room
-        if scores and attends:
-            programs = tuning.joint_programs
-        registers = 65536 // (programs * 32 * self.warps(scores, attends)) // 8 * 8
-        return registers if registers < 255 else None
+        programs = self.joint(rows) if joint else tuning.score_programs
+        warps = tuning.joint_warps if joint else tuning.score_warps
+        return min(65536 // (programs * 32 * warps) // 8 * 8, 255)
 
-    def warps(self, scores: bool, attends: bool) -> int:
-        """Of a program of such a launch."""
-        tuning = self.tuning
-        if scores and attends:
-            return tuning.joint_warps
-        return tuning.score_warps if scores else tuning.decode_warps
-
-    def joint(self, rows: int) -> bool:
-        """Whether both phases of a decode are one launch: all its programs must find room at the same time, enough for
-        each (row, head), with nothing to do in between. Triton's interpreter runs one after the other."""
-        fits = self.tuning.joint_least * rows * self.shape.heads <= self.room
-        return not INTERPRETED.value and fits and not self.shape.features
+    def joint(self, rows: int) -> int:
+        """Programs on a multiprocessor with which both phases of a decode are one launch, for which all must find room
+        at the same time; 0 where the phases are two launches."""
+        lanes, tuning, shape = rows * self.shape.heads, self.tuning, self.shape
+        wide = (
+            shape.block_d > 128 or shape.block_n > 8
+        )  # with fewer registers it would spill hundreds of bytes
+        for programs in tuning.joint_programs[: 1 if wide else None] if self.may_wait else ():
+            room = self.processors * programs
+            if tuning.joint_least * lanes <= room:
+                return programs
+        # One program for each does where that leaves few multiprocessors without work.
+        return programs if self.may_wait and tuning.joint_filled * room <= lanes <= room else 0
 
     def score_tile(self, joint: bool) -> int:
         """Pages that a program scores at a time."""
         elements = self.tuning.joint_score_elements if joint else self.tuning.score_elements
         return max(32, min(elements // self.page_bytes, 128))
 
-    def decode_tile(self, joint: bool) -> int:
+    def decode_tile(self, rows: int, joint: bool) -> int:
         """Tokens that a program attends to at a time."""
-        elements = self.tuning.joint_elements if joint else self.tuning.decode_elements
-        if joint and self.shape.block_n > 8:
-            # The partial results of more heads need the room: all programs must fit at the same time.
-            elements //= 2
+        tuning, elements = self.tuning, self.tuning.decode_elements
+        if joint:
+            few = self.attenders(rows) == tuning.most_splits
+            elements = tuning.joint_few_elements if few else tuning.joint_elements
+            if self.shape.block_n > 8:
+                # The partial results of more heads need the room: all programs must fit at the same time.
+                elements //= 2
         return max(16, min(elements // self.shape.block_d, 128))
 
     @property
@@ -294,16 +295,17 @@ class Workspace:
 
     def scorers(self, rows: int) -> int:
         """Programs that score the pages of one (row, head)."""
-        lanes, most = rows * self.shape.heads, -(-self.max_pages // self.score_tile(self.joint(rows)))
+        lanes, joint = rows * self.shape.heads, self.joint(rows)
+        most = -(-self.max_pages // self.score_tile(joint > 0))
         # As many as find room at the same time: a second wave would leave most of the GPU idle at its end.
-        room = self.room if self.joint(rows) else self.processors * self.tuning.score_programs
+        room = self.processors * (joint or self.tuning.score_programs)
         return max(1, min(room // lanes, most))
 
     def attenders(self, rows: int) -> int:
         """Programs that attend to the tokens of one (row, head)."""
-        lanes, tuning = rows * self.shape.heads, self.tuning
-        if self.joint(rows):
-            return max(1, min(self.room // lanes, tuning.most_splits))
+        lanes, tuning, joint = rows * self.shape.heads, self.tuning, self.joint(rows)
+        if joint:
+            return min(self.processors * joint // lanes, tuning.most_splits)
         return max(1, min(-(-self.processors * tuning.decode_programs // lanes), tuning.most_splits))
 
     @property
@@ -337,10 +339,7 @@ class Workspace:
     @property
     def update_tile(self) -> int:
         """Tokens that such a program sums up at a time."""
-        tokens = self.tuning.update_tokens
-        return (
-            self.features_tile if self.shape.features else tokens // 2 if self.shape.block_d > 128 else tokens
-        )
+        return self.features_tile if self.shape.features else 32 if self.shape.block_d > 128 else 64
 
     def merge_tile(self, rows: int) -> tuple[int, int]:
         """Partial results, and columns of them, that a program merges at a time."""
@@ -635,14 +634,14 @@ class TritonAttention:
             GROUP=work.neighbours,
             BLOCK=work.select_block,
             SINGLE=work.select_single,
-            TILE=work.decode_tile(joint),
+            TILE=work.decode_tile(rows, joint),
             MERGE=merge_splits,
             MERGE_ALL=merge_splits >= attenders,
             COLS=merge_columns,
             OVERLAP=work.overlap and not joint,
-            num_warps=work.warps(scores, attends),
-            num_stages=tuning.joint_stages if joint else tuning.decode_stages,
-            maxnreg=work.most_registers(scores, attends),
+            num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,
+            num_stages=tuning.decode_stages,
+            maxnreg=work.most_registers(rows, joint) if scores else None,
             launch_pdl=work.overlap and attends and not joint,
         )
 

@@ -91,6 +91,22 @@ CASES = {
         heads=4,
         dtype=torch.float16,
     ),
+    "runs, in one launch with more programs on a multiprocessor": Case(
+        **RUNS, completion="paged", head_size=128, seq_lens=tuple(range(40, 640, 20)), heads=8
+    ),
+    "runs, in one launch with one program for each": Case(
+        **RUNS, completion="paged", head_size=128, seq_lens=tuple(range(40, 660, 10)), heads=8
+    ),
+    "share, in one launch with one program for each, two levels": Case(
+        **SHARE,
+        completion="paged",
+        head_size=128,
+        seq_lens=tuple(range(1200, 2440, 20)),
+        budget=150,
+        max_model_len=70_000,
+        heads=8,
+        group=8,
+    ),
     "moba, mass from the scores": Case(selection="moba", completion="paged", seq_lens=RAGGED),
     "features": Case(**FEATURES, head_size=128, features=128, seq_lens=RAGGED, heads=8),
     "features, head size 64, 100 of them, 7 query heads, fp8, pages of 32": Case(

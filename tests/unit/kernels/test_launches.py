@@ -30,13 +30,22 @@ def workspace(**case: Any) -> Workspace:
 @pytest.mark.parametrize("max_model_len", [64, 4096, 131072])
 def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len: int) -> None:
     work = workspace(**PAGED, heads=heads, max_model_len=max_model_len, most=1)
-    joint = [rows for rows in range(1, 513) if work.joint(rows)]
-    assert joint == list(range(1, len(joint) + 1))
-    assert len(joint) < 512
-    for rows in joint:
-        for programs in (work.scorers(rows), work.attenders(rows)):
-            assert 1 <= programs * rows * heads <= work.room
-        assert work.room // (rows * heads) >= 2
+    joint = {rows: work.processors * work.joint(rows) for rows in range(1, 1025) if work.joint(rows)}
+    assert max(joint) < 1024
+    for rows, room in joint.items():
+        assert max(work.scorers(rows), work.attenders(rows)) * rows * heads <= room
+        # Two for each, of which more would fit, or one for each and most of the room taken.
+        assert room >= 2 * rows * heads or work.attenders(rows) * rows * heads >= 0.7 * room
+    # As few to a multiprocessor as will do, whose registers and tiles are the larger.
+    assert sorted(joint.values()) == [joint[rows] for rows in sorted(joint)]
+
+
+@pytest.mark.parametrize(("head_size", "group"), [(256, 4), (128, 16)])
+def test_wide_heads_and_large_groups_have_registers_for_three(head_size: int, group: int) -> None:
+    wide, usual = workspace(**PAGED, head_size=head_size, group=group), workspace(**PAGED, head_size=128)
+    rows = range(1, 1025)
+    assert {wide.joint(n) for n in rows} == {0, 3}
+    assert {usual.joint(n) for n in rows} == {0, 3, 4}
 
 
 def test_several_launches_for_other_policies_features_and_shared_gpus(

@@ -60,6 +60,8 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         )
         if variant["scores"] and variant["attends"] and variant["runs"]:
             # Programs that wait for each other must fit into a multiprocessor at the same time.
-            programs = Tuning.joint_programs
+            programs = 65536 // (variant["most_registers"] * variant["threads"])
+            assert programs in Tuning.joint_programs
             assert variant["registers"] * variant["threads"] * programs <= 65536, variant
-            assert variant["shared_bytes"] <= JOINT_SHARED_BYTES - 1024, variant  # 1 KiB is the driver's
+            shared = variant["shared_bytes"] + 1024  # the driver's
+            assert shared * programs <= JOINT_SHARED_BYTES, variant

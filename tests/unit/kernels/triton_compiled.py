@@ -118,6 +118,9 @@ def launches(case: Case) -> Iterator[Launch]:
     if work.joint(1) and case.cache_slots is None:  # both phases were one launch: each alone, too
         attention.launch(*step, attends=False)
         attention.launch(*step, scores=False)
+        # The most rows for which they are: more programs on a multiprocessor, one for each (row, head).
+        rows = max(rows for rows in range(1, 600) if work.joint(rows))
+        attention.launch(*step[:3], lengths.expand(rows), *step[4:])
     if case.cache_slots is not None:
         sizes = case.heads, case.cache_slots, case.head_size, kv_cache.dtype
         pages = DevicePages(shape.geometry, 32, 4, *sizes, "cpu", 1, case.max_model_len)
@@ -179,6 +182,7 @@ def resources(launch: Launch) -> dict[str, int | str]:
         "stack_bytes": int(found["STACK"]),
         "shared_bytes": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
+        "most_registers": options.get("maxnreg"),
     }
 
 
