@@ -164,6 +164,15 @@ def shares_gpu() -> bool:
     return any(name in os.environ for name in MPS_VARIABLES) or Path(MPS_FOLDER).exists()
 
 
+def launch_rows(rows: int) -> int:
+    """Rows that a launch's parameters are chosen for: those of the next larger batch that vLLM captures by default.
+
+    What is compiled for those batches serves all others, too: one that has decodes beside prompts is launched as it is,
+    and compiling a kernel for it would keep its requests waiting for seconds.
+    """
+    return rows if rows <= 2 else 4 if rows <= 4 else -(-rows // 8) * 8
+
+
 class Workspace:
     """Buffers that hold nothing between layers: allocate once and share among all layers of the same shape.
 
@@ -250,6 +259,20 @@ class Workspace:
         tensors = {x.data_ptr(): x.nbytes for x in vars(self).values() if isinstance(x, Tensor)}
         return sum(tensors.values())
 
+    def compiled_for(self) -> list[int]:
+        """Numbers of rows, up to the most there are, for which the kernels of a decode step are not the same ones."""
+
+        def parameters(rows: int) -> tuple[object, ...]:
+            joint = self.joint(rows)
+            masses = next_power_of_2(self.scorers(rows))
+            return joint, masses, self.decode_tile(rows, joint > 0), self.merge_tile(rows)
+
+        first = {parameters(rows): rows for rows in range(self.max_rows, 0, -1)}
+        return sorted(first.values())
+
+    def _lanes(self, rows: int) -> int:
+        return launch_rows(rows) * self.shape.heads
+
     def most_registers(self, rows: int, joint: bool) -> int:
         """Registers of a thread with which the programs that score fit into a multiprocessor as often as they should:
         65536, given out by eights."""
@@ -261,7 +284,7 @@ class Workspace:
     def joint(self, rows: int) -> int:
         """Programs on a multiprocessor with which both phases of a decode are one launch, for which all must find room
         at the same time; 0 where the phases are two launches."""
-        lanes, tuning, shape = rows * self.shape.heads, self.tuning, self.shape
+        lanes, tuning, shape = self._lanes(rows), self.tuning, self.shape
         wide = (
             shape.block_d > 128 or shape.block_n > 8
         )  # with fewer registers it would spill hundreds of bytes
@@ -295,7 +318,7 @@ class Workspace:
 
     def scorers(self, rows: int) -> int:
         """Programs that score the pages of one (row, head)."""
-        lanes, joint = rows * self.shape.heads, self.joint(rows)
+        lanes, joint = self._lanes(rows), self.joint(rows)
         most = -(-self.max_pages // self.score_tile(joint > 0))
         # As many as find room at the same time: a second wave would leave most of the GPU idle at its end.
         room = self.processors * (joint or self.tuning.score_programs)
@@ -303,7 +326,7 @@ class Workspace:
 
     def attenders(self, rows: int) -> int:
         """Programs that attend to the tokens of one (row, head)."""
-        lanes, tuning, joint = rows * self.shape.heads, self.tuning, self.joint(rows)
+        lanes, tuning, joint = self._lanes(rows), self.tuning, self.joint(rows)
         if joint:
             return min(self.processors * joint // lanes, tuning.most_splits)
         return max(1, min(-(-self.processors * tuning.decode_programs // lanes), tuning.most_splits))

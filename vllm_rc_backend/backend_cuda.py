@@ -217,12 +217,12 @@ def reserve_workspaces(vllm_config: Any) -> None:
 def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
     """Make the layers' attention objects, now that the block size of their block table is known."""
     compat.let_compile_hooks_pass()
-    impls = {name: layer.impl for name, layer in compat.attention_layers(vllm_config).items()}
+    owners = compat.attention_layers(vllm_config)
     for name, layer in layers.items():
         assert layer.store is not None
         group = layer.shape.num_heads // layer.shape.num_kv_heads
         layer.workspace.shape = make_shape(layer.store.layout, group, layer.config.group_rule)
-        layer.attention = TritonAttention(layer.store, layer.workspace, impls[name].scale)
+        layer.attention = TritonAttention(layer.store, layer.workspace, owners[name].impl.scale)
     warm_up(vllm_config, next(iter(layers.values())))
 
 
@@ -290,6 +290,17 @@ def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
             layer.attention.bind(cache, 1.0, 1.0)
             SummaryUpdater([layer.attention]).update(zeros.view(1, 16), plan)
             layer.attention.cache = None
+    if layer.config.kv_residency == "device":
+        for rows in layer.workspace.compiled_for():
+            lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # padding: nothing is read
+            plan = SummaryPlan(lengths - 1, *(lengths,) * 3) if layout.slots else None
+            heads = layout.heads * layer.attention.shape.group
+            query = torch.zeros(
+                rows, heads, layout.head_size, dtype=vllm_config.model_config.dtype, device=device
+            )
+            layer.attention.decode(
+                query, kv_cache, lengths.view(rows, 1), lengths, plan, torch.empty_like(query)
+            )
 
 
 class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):

@@ -126,7 +126,8 @@ def _attend(
     return out, m, total, scores_sum
 
 
-@triton.jit
+# The same kernel for all batches of which the constants are the same, see ``attention_triton.launch_rows``.
+@triton.jit(do_not_specialize=["scorers", "attenders", "stride_table"])
 def decode_kernel(
     query,
     kv,

@@ -52,7 +52,9 @@ def merge_columns(
     # .cg everywhere: written by other programs of this launch, so the first-level cache may not answer.
     # All is asked for before anything is added up: each answer is a trip to the second-level cache.
     if S.completion != "none":
-        summed = tl.where(counted, slot, -1) >= 0
+        # Of ``features`` the row of ones has no residual.
+        estimated = counted if S.first_order else heads < S.group
+        summed = tl.where(estimated, slot, -1) >= 0
         q_K1 = tl.load(
             partial_stats + attenders * PARTIAL_STATS * R + heads,
             mask=summed,

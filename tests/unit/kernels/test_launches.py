@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from tests.unit.kernels.cases import FEATURES, RUNS
-from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, make_shape
+from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, launch_rows, make_shape
 from vllm_rc_backend.evaluation.kernel_check import Case
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 
@@ -35,9 +35,27 @@ def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len
     for rows, room in joint.items():
         assert max(work.scorers(rows), work.attenders(rows)) * rows * heads <= room
         # Two for each, of which more would fit, or one for each and most of the room taken.
-        assert room >= 2 * rows * heads or work.attenders(rows) * rows * heads >= 0.7 * room
+        taken = work.attenders(rows) * launch_rows(rows) * heads
+        assert room >= 2 * rows * heads or taken >= 0.7 * room
     # As few to a multiprocessor as will do, whose registers and tiles are the larger.
     assert sorted(joint.values()) == [joint[rows] for rows in sorted(joint)]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_captured_batches_compile_what_any_other_needs(heads: int) -> None:
+    captured = [1, 2, 4, *range(8, 513, 8)]  # vLLM's default, up to there
+    assert {launch_rows(rows) for rows in range(1, 513)} == set(captured)
+    work = workspace(**PAGED, heads=heads, head_size=128, max_model_len=131072, most=512)
+
+    def constants(rows: int) -> tuple[object, ...]:
+        joint, scorers = work.joint(rows), work.scorers(rows)
+        return joint, (scorers - 1).bit_length(), work.decode_tile(rows, joint > 0), work.merge_tile(rows)
+
+    every = {constants(rows) for rows in range(1, 513)}
+    assert {constants(rows) for rows in captured} == every
+    compiled = work.compiled_for()
+    assert {constants(rows) for rows in compiled} == every
+    assert len(compiled) == len(every) < 20
 
 
 @pytest.mark.parametrize(("head_size", "group"), [(256, 4), (128, 16)])

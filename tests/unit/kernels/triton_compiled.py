@@ -158,9 +158,8 @@ def resources(launch: Launch) -> dict[str, int | str]:
     for i, name in enumerate(names):
         value = values[name]
         signature[name] = "constexpr" if name in constants else triton.runtime.jit.mangle_type(value)
-        if name not in constants and (
-            isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
-        ):
+        specialised = type(value) is int and value % 16 == 0 and not kernel.params[i].do_not_specialize
+        if name not in constants and (isinstance(value, torch.Tensor) or specialised):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
     warps = {k: v for k, v in options.items() if k in ("num_warps", "num_stages", "maxnreg")}
