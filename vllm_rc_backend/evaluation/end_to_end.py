@@ -201,9 +201,20 @@ def compare(run: Run) -> list[dict[str, Any]]:
 
 
 def join(dense: dict[str, Any], ours: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each load from what ``measure`` has found on either backend."""
+    """A row for each load from what ``measure`` has found on either backend.
+
+    A load of which one backend has no time above zero has none: the shorter answers took longer, so that something else
+    than their tokens was timed. It is named on stderr.
+    """
     rows = []
     for d, o in zip(dense["rows"], ours["rows"], strict=True):
+        if min(d["token_ms"], o["token_ms"]) <= 0:
+            print(
+                f"{d['context']}x{d['batch']} is left out: {d['token_ms']:.2f} and {o['token_ms']:.2f} ms a token "
+                "are no times. Look for compilations or other work in the log, and measure it again.",
+                file=sys.stderr,
+            )
+            continue
         prefilled = None not in (d["prefill_ms"], o["prefill_ms"])
         rows.append(
             {

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from vllm_rc_backend.evaluation.end_to_end import join, keep, markdown
 from vllm_rc_backend.evaluation.environment import command_line
 
@@ -35,6 +37,11 @@ def test_rows_state_ratios() -> None:
     (row,) = join(found(12.0, None), found(4.0, None))
     assert row["prefill_ratio"] is None
     assert markdown([row]).endswith("| 4096 x 64 | 12.00 | 4.00 | 3.00 | - | - | - |")
+
+
+def test_what_is_no_time_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert join(found(12.0, None), found(-71.7, None)) == []
+    assert "4096x64 is left out: 12.00 and -71.70 ms" in capsys.readouterr().err
 
 
 def test_rows_of_other_loads_and_commands_stay(tmp_path: Path) -> None:
