@@ -136,7 +136,7 @@ class Tuning:
     most_splits: int = 16
     joint_programs: tuple[int, ...] = (3, 4)  # per multiprocessor, more only where fewer do not do
     joint_least: int = 2  # of those, for each (row, head)
-    joint_filled: float = 0.7  # of the room: one for each does, too, where they take as much
+    joint_filled: float = 0.7  # of the room, which one program for each must fill where there is none for two
     joint_warps: int = 4
     features_elements: int = 8192  # features of tokens at a time
     merge_elements: int = 8192  # of partial results at a time
@@ -197,10 +197,15 @@ class Workspace:
         properties = torch.cuda.get_device_properties(device) if cuda else None
         self.processors = properties.multi_processor_count if properties else 132
         shared = properties.shared_memory_per_multiprocessor if properties else JOINT_SHARED_BYTES
-        self.may_wait = shared >= JOINT_SHARED_BYTES and shape.query_map == "runs" and not shape.features
         # Programs that wait for each other must all be running, so nobody else may keep a part of the GPU; and Triton's
         # interpreter runs one after the other.
-        self.may_wait = self.may_wait and not shares_gpu() and not INTERPRETED.value
+        self.may_wait = (
+            shape.query_map == "runs"
+            and not shape.features
+            and shared >= JOINT_SHARED_BYTES
+            and not shares_gpu()
+            and not INTERPRETED.value
+        )
         self.overlap = tuning.overlap and cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         if shape.query_map == "runs":
             self.page_bytes = shape.vectors * shape.block_q
@@ -271,6 +276,7 @@ class Workspace:
         return sorted(first.values())
 
     def _lanes(self, rows: int) -> int:
+        """(Row, head)s that a launch's parameters are chosen for."""
         return launch_rows(rows) * self.shape.heads
 
     def most_registers(self, rows: int, joint: bool) -> int:
@@ -284,16 +290,18 @@ class Workspace:
     def joint(self, rows: int) -> int:
         """Programs on a multiprocessor with which both phases of a decode are one launch, for which all must find room
         at the same time; 0 where the phases are two launches."""
+        if not self.may_wait:
+            return 0
         lanes, tuning, shape = self._lanes(rows), self.tuning, self.shape
-        wide = (
-            shape.block_d > 128 or shape.block_n > 8
-        )  # with fewer registers it would spill hundreds of bytes
-        for programs in tuning.joint_programs[: 1 if wide else None] if self.may_wait else ():
-            room = self.processors * programs
-            if tuning.joint_least * lanes <= room:
+        # With fewer registers wide heads and large groups would spill hundreds of bytes.
+        wide = shape.block_d > 128 or shape.block_n > 8
+        choices = tuning.joint_programs[:1] if wide else tuning.joint_programs
+        for programs in choices:
+            if tuning.joint_least * lanes <= self.processors * programs:
                 return programs
+        room = self.processors * choices[-1]
         # One program for each does where that leaves few multiprocessors without work.
-        return programs if self.may_wait and tuning.joint_filled * room <= lanes <= room else 0
+        return choices[-1] if tuning.joint_filled * room <= lanes <= room else 0
 
     def score_tile(self, joint: bool) -> int:
         """Pages that a program scores at a time."""
