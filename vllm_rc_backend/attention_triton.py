@@ -526,6 +526,24 @@ class TritonAttention:
             self.complete(query, kv, block_table, seq_lens, plan)
             self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
 
+    def warm_up(self, kv_cache: Tensor, dtype: torch.dtype) -> None:
+        """Compile all kernels that a decode step may take: launch each on rows of padding, which read nothing.
+
+        Args:
+            kv_cache: see ``update_prefill``; of any number of blocks.
+            dtype: of queries.
+        """
+        device = kv_cache.device
+        for rows in self.workspace.compiled_for():
+            table = torch.zeros(rows, 16, dtype=torch.int32, device=device)
+            lengths = table.new_zeros(rows)
+            plan = None
+            if self.shape.completion != "none":
+                plan = SummaryPlan(lengths - 1, lengths, lengths, lengths)
+            size = rows, self.shape.heads * self.shape.group, self.shape.head_size
+            query = torch.zeros(size, dtype=dtype, device=device)
+            self.decode(query, kv_cache, table, lengths, plan, torch.empty_like(query))
+
     def choose(self, seq_lens: Tensor) -> None:
         """The pages of all rows, as a launch of its own: what is read must be known before it is fetched."""
         work, scorers = self.workspace, self.workspace.scorers(len(seq_lens))

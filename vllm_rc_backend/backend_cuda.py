@@ -291,22 +291,7 @@ def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
             SummaryUpdater([layer.attention]).update(zeros.view(1, 16), plan)
             layer.attention.cache = None
     if layer.config.kv_residency == "device":
-        compile_decodes(layer, kv_cache, vllm_config.model_config.dtype)
-
-
-def compile_decodes(layer: SparseLayer, kv_cache: Tensor, dtype: torch.dtype) -> None:
-    """Launch each of the kernels that a decode step may take, on rows of padding, which read nothing."""
-    attention, store = layer.attention, layer.store
-    assert store is not None
-    layout = store.layout
-    for rows in layer.workspace.compiled_for():
-        table = torch.zeros(rows, 16, dtype=torch.int32, device=kv_cache.device)
-        lengths = table.new_zeros(rows)
-        plan = SummaryPlan(lengths - 1, *(lengths,) * 3) if layout.slots else None
-        query = torch.zeros(
-            rows, layout.heads * attention.shape.group, layout.head_size, dtype=dtype, device=kv_cache.device
-        )
-        attention.decode(query, kv_cache, table, lengths, plan, torch.empty_like(query))
+        layer.attention.warm_up(kv_cache, vllm_config.model_config.dtype)
 
 
 class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):

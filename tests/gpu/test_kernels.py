@@ -9,6 +9,7 @@ import torch
 
 from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
 from tests.unit.kernels.update_check import UPDATES, check_update
+from tests.unit.kernels.warm_up_check import WARM, check_warm_up
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -197,6 +198,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_reference(name: str) -> None:
     check(CASES[name], "cuda", steps=2)
+
+
+@pytest.mark.parametrize("name", WARM)
+def test_warming_up_reads_and_counts_nothing(name: str) -> None:
+    check_warm_up("cuda", WARM[name])
 
 
 @pytest.mark.parametrize(("completion", "rule"), [("paged", "max"), ("paged", "share"), ("features", "max")])

@@ -13,6 +13,7 @@ import torch
 from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
 from tests.unit.kernels.remember_check import check_remember
 from tests.unit.kernels.update_check import UPDATES, check_update
+from tests.unit.kernels.warm_up_check import WARM, check_warm_up
 from vllm_rc_backend.attention_triton import Tuning
 from vllm_rc_backend.decaying_memory import launch_linear_scan
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
@@ -307,6 +308,11 @@ CASES = {
 def test_agrees_with_the_reference(name: str) -> None:
     case, steps = CASES[name]
     check(case, "cpu", steps)
+
+
+@pytest.mark.parametrize("name", WARM)
+def test_warming_up_reads_and_counts_nothing(name: str) -> None:
+    check_warm_up("cpu", WARM[name])
 
 
 @pytest.mark.parametrize("options", [{}, SHARE], ids=["box", "share"])
