@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,13 +166,16 @@ def shares_gpu() -> bool:
     return any(name in os.environ for name in MPS_VARIABLES) or Path(MPS_FOLDER).exists()
 
 
-def launch_rows(rows: int) -> int:
-    """Rows that a launch's parameters are chosen for: those of the next larger batch that vLLM captures by default.
+def launch_rows(rows: int, captured: Sequence[int] = ()) -> int:
+    """Rows that a launch's parameters are chosen for: those of the next larger batch that vLLM captures, here
+    (``captured``, in order) or by default.
 
     What is compiled for those batches serves all others, too: one that has decodes beside prompts is launched as it is,
     and compiling a kernel for it would keep its requests waiting for seconds.
     """
-    return rows if rows <= 2 else 4 if rows <= 4 else -(-rows // 8) * 8
+    usual = rows if rows <= 2 else 4 if rows <= 4 else -(-rows // 8) * 8
+    at = bisect_left(captured, rows)
+    return min([usual, *captured[at : at + 1]])
 
 
 class Workspace:
@@ -188,8 +193,10 @@ class Workspace:
         device: torch.device | str,
         statistics_bits: int,
         tuning: Tuning | None = None,
+        captured: Sequence[int] = (),
     ) -> None:
         self.shape = shape
+        self.captured = sorted(captured)
         self.tuning = tuning = tuning or Tuning()
         self.max_rows = max_rows
         geometry, heads = shape.geometry, shape.heads
@@ -277,7 +284,7 @@ class Workspace:
 
     def _lanes(self, rows: int) -> int:
         """(Row, head)s that a launch's parameters are chosen for."""
-        return launch_rows(rows) * self.shape.heads
+        return launch_rows(rows, self.captured) * self.shape.heads
 
     def most_registers(self, rows: int, joint: bool) -> int:
         """Registers of a thread with which the programs that score fit into a multiprocessor as often as they should:

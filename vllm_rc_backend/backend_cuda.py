@@ -210,6 +210,7 @@ def reserve_workspaces(vllm_config: Any) -> None:
                 vllm_config.model_config.max_model_len,
                 layer.store.codes.device,
                 layer.config.stored_bits,
+                captured=vllm_config.compilation_config.cudagraph_capture_sizes or (),
             )
         layer.workspace = workspaces[shape]
 

@@ -45,6 +45,16 @@ def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len
 def test_captured_batches_compile_what_any_other_needs(heads: int) -> None:
     captured = [1, 2, 4, *range(8, 513, 8)]  # vLLM's default, up to there
     assert {launch_rows(rows) for rows in range(1, 513)} == set(captured)
+    assert [launch_rows(rows, [6, 12, 64]) for rows in (3, 5, 6, 7, 9, 13, 60, 65)] == [
+        4,
+        6,
+        6,
+        8,
+        12,
+        16,
+        64,
+        72,
+    ]
     work = workspace(**PAGED, heads=heads, head_size=128, max_model_len=131072, most=512)
 
     def constants(rows: int) -> tuple[object, ...]:
