@@ -271,15 +271,27 @@ class Workspace:
         tensors = {x.data_ptr(): x.nbytes for x in vars(self).values() if isinstance(x, Tensor)}
         return sum(tensors.values())
 
+    def constants(self, rows: int, joint: bool) -> dict[str, int]:
+        """What ``decode_kernel`` is compiled with, as far as it depends on the batch."""
+        splits, columns = self.merge_tile(rows)
+        return {
+            "SCORE_TILE": self.score_tile(joint),
+            "MASSES": next_power_of_2(self.scorers(rows)),
+            "TILE": self.decode_tile(rows, joint),
+            "MERGE": splits,
+            "MERGE_ALL": splits >= self.attenders(rows),
+            "COLS": columns,
+        }
+
     def compiled_for(self) -> list[int]:
         """Numbers of rows, up to the most there are, for which the kernels of a decode step are not the same ones."""
 
-        def parameters(rows: int) -> tuple[object, ...]:
+        def kernels(rows: int) -> tuple[int, ...]:
             joint = self.joint(rows)
-            masses = next_power_of_2(self.scorers(rows))
-            return joint, masses, self.decode_tile(rows, joint > 0), self.merge_tile(rows)
+            splits = next_power_of_2(self.attenders(rows))  # of ``features_kernel``
+            return joint, splits, *self.constants(rows, joint > 0).values()
 
-        first = {parameters(rows): rows for rows in range(self.max_rows, 0, -1)}
+        first = {kernels(rows): rows for rows in range(self.max_rows, 0, -1)}
         return sorted(first.values())
 
     def _lanes(self, rows: int) -> int:
@@ -642,7 +654,6 @@ class TritonAttention:
         scorers, attenders = work.scorers(rows), work.attenders(rows)
         joint = scores and attends
         splits = max(scorers, attenders) if joint else scorers if scores else attenders + 1
-        merge_splits, merge_columns = work.merge_tile(rows)
         decode_kernel[(self.shape.heads, splits, rows)](
             query,
             kv,
@@ -684,16 +695,11 @@ class TritonAttention:
             SCORES=scores,
             ATTENDS=attends,
             S=self.shape,
-            SCORE_TILE=work.score_tile(joint),
             SCORE_STAGES=tuning.score_stages,
-            MASSES=next_power_of_2(scorers),
             GROUP=work.neighbours,
             BLOCK=work.select_block,
             SINGLE=work.select_single,
-            TILE=work.decode_tile(rows, joint),
-            MERGE=merge_splits,
-            MERGE_ALL=merge_splits >= attenders,
-            COLS=merge_columns,
+            **work.constants(rows, joint),
             OVERLAP=work.overlap and not joint,
             num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,
             num_stages=tuning.decode_stages,

@@ -137,7 +137,7 @@ def add_features(weighted, u, state, source, source_slot, start, S: tl.constexpr
         store_planes(state + counts, u, known, LOW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scorers", "attenders", "stride_table"])
 def features_kernel(
     query,
     kv,

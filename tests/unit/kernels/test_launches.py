@@ -6,14 +6,25 @@ import importlib.util
 from typing import Any
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from tests.unit.kernels.cases import FEATURES, RUNS
-from vllm_rc_backend.attention_triton import MPS_VARIABLES, Workspace, launch_rows, make_shape
+from tests.unit.kernels.triton_compiled import Recorder
+from vllm_rc_backend import attention_triton
+from vllm_rc_backend.attention_triton import (
+    MPS_VARIABLES,
+    TritonAttention,
+    Workspace,
+    launch_rows,
+    make_shape,
+)
 from vllm_rc_backend.evaluation.kernel_check import Case
+from vllm_rc_backend.kernels.reference import SummaryPlan
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
+from vllm_rc_backend.side_store import SideStore
 
 PAGED: dict[str, Any] = {**RUNS, "completion": "paged"}
 
@@ -41,8 +52,41 @@ def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len
     assert sorted(joint.values()) == [joint[rows] for rows in sorted(joint)]
 
 
+def kernels_of(monkeypatch: pytest.MonkeyPatch, work: Workspace, layer: TritonAttention, most: int) -> Any:
+    """A function of a number of rows: the kernels of their decode, each as what Triton compiles it for."""
+    recorders = {}
+    for name in ("decode_kernel", "features_kernel"):
+        recorders[name] = Recorder(getattr(attention_triton, name))
+        monkeypatch.setattr(attention_triton, name, recorders[name])
+    query = torch.zeros(most, work.shape.heads * work.shape.group, work.shape.head_size)
+    table, lengths = torch.zeros(most, 16, dtype=torch.int32), torch.zeros(most, dtype=torch.int32)
+    kv_cache = torch.zeros(1, work.shape.heads, work.shape.geometry.block_size, 2 * work.shape.head_size)
+
+    def kernels(rows: int) -> frozenset[Any]:
+        slots = lengths[:rows]
+        plan = SummaryPlan(slots, slots, slots, slots)
+        layer.decode(query[:rows], kv_cache, table[:rows], slots, plan, query[:rows])
+        found = []
+        for name, recorder in recorders.items():
+            for values, options in recorder.launches:
+                numbers = [
+                    (value == 1, value % 16 == 0)
+                    for value, parameter in zip(values, recorder.kernel.params, strict=False)
+                    if type(value) is int and not parameter.do_not_specialize
+                ]
+                found.append((name, tuple(numbers), tuple(sorted((k, str(v)) for k, v in options.items()))))
+            recorder.launches.clear()
+        return frozenset(found)
+
+    return kernels
+
+
+@pytest.mark.parametrize("max_model_len", [8192, 131072])
 @pytest.mark.parametrize("heads", [1, 2, 8])
-def test_captured_batches_compile_what_any_other_needs(heads: int) -> None:
+@pytest.mark.parametrize("options", [PAGED, FEATURES, {}], ids=["paged", "features", "box"])
+def test_captured_batches_compile_what_any_other_needs(
+    options: dict[str, Any], heads: int, max_model_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captured = [1, 2, 4, *range(8, 513, 8)]  # vLLM's default, up to there
     assert {launch_rows(rows) for rows in range(1, 513)} == set(captured)
     assert [launch_rows(rows, [6, 12, 64]) for rows in (3, 5, 6, 7, 9, 13, 60, 65)] == [
@@ -55,16 +99,15 @@ def test_captured_batches_compile_what_any_other_needs(heads: int) -> None:
         64,
         72,
     ]
-    work = workspace(**PAGED, heads=heads, head_size=128, max_model_len=131072, most=512)
-
-    def constants(rows: int) -> tuple[object, ...]:
-        joint, scorers = work.joint(rows), work.scorers(rows)
-        return joint, (scorers - 1).bit_length(), work.decode_tile(rows, joint > 0), work.merge_tile(rows)
-
-    every = {constants(rows) for rows in range(1, 513)}
-    assert {constants(rows) for rows in captured} == every
+    case = Case(**options, heads=heads, head_size=128, max_model_len=max_model_len)
+    work = workspace(**options, heads=heads, head_size=128, max_model_len=max_model_len, most=512)
+    layer = TritonAttention(SideStore(case.layout, 1, "cpu"), work, 1.0)
+    kernels = kernels_of(monkeypatch, work, layer, 512)
+    each = {rows: kernels(rows) for rows in range(1, 513)}
+    every = set(each.values())
+    assert {each[rows] for rows in captured} == every
     compiled = work.compiled_for()
-    assert {constants(rows) for rows in compiled} == every
+    assert {each[rows] for rows in compiled} == every
     assert len(compiled) == len(every) < 20
 
 
