@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from vllm_rc_backend import attention_triton, summaries_triton
 from vllm_rc_backend.attention_triton import COUNTERS
 from vllm_rc_backend.evaluation.kernel_check import assert_same_scales
 from vllm_rc_backend.evaluation.llama import Llama
@@ -33,6 +34,7 @@ from ..harness import (
     assert_close,
     engine,
     greedy,
+    run,
     sparse_layers,
     with_features,
 )
@@ -249,6 +251,25 @@ def test_counters_under_replay_prove_what_was_read(prompt: Prompt) -> None:
         assert got["pages_scored"] == sum(geometry.mid_end(n) - geometry.sink_pages for n in sparse)
         assert got["rows_without_summary"] == 0
         assert got["summaries_built"] == 0, "prefill left a summary to a decode"
+
+
+def kernels_compiled() -> int:
+    """Of all kernels, in this process."""
+    modules = (attention_triton, summaries_triton)
+    kernels = [
+        value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")
+    ]
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
+def test_no_kernel_is_compiled_while_it_serves(prompt: Prompt) -> None:
+    """Prompts come one by one, beside any number of decodes, and only one size of batches has been captured."""
+    captured = {"cudagraph_capture_sizes": [16]}
+    arrivals = [(2 * i, str(i), prompt(700 + 10 * i, i), greedy(40)) for i in range(16)]
+    with engine("rc_topk", SMALL, compilation_config=captured, **GPU) as llm:
+        before = kernels_compiled()
+        run(llm, arrivals, {})
+        assert kernels_compiled() == before > 0
 
 
 def test_needles_at_a_sixteenth() -> None:

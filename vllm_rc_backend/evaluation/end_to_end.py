@@ -46,7 +46,7 @@ LLAMA_8B = {
 }
 MODULE = "vllm_rc_backend.evaluation.end_to_end"
 BACKENDS = ("FLASH_ATTN", "RC_TOPK")
-SHORT, LONG = 16, 80
+SHORT, LONG = 16, 272
 """Output lengths whose difference gives the time per token."""
 
 
