@@ -107,17 +107,19 @@ def merge_columns(
             best, best_mass, scores_part = tl.reduce((m_part, mass_m_part, scores_part), 0, _largest_and_sum)
             m, decay, weight = _rescaled(m, best, m_part)
             mass_m, mass_decay, mass_weight = _rescaled(mass_m, best_mass, mass_m_part)
-            total_part, mass_part = tl.reduce((total_part * weight, mass_part * mass_weight), 0, _sums)
+            mass_part = _weighted(mass_part, mass_weight, there)
+            total_part, mass_part = tl.reduce((_weighted(total_part, weight, there), mass_part), 0, _sums)
             mass = mass * mass_decay + mass_part
         else:
             if S.first_order:
                 scores_part = tl.sum(scores_part, 0)
             m, decay, weight = _rescaled(m, tl.max(m_part, 0), m_part)
-            total_part = tl.sum(total_part * weight, 0)
+            total_part = tl.sum(_weighted(total_part, weight, there), 0)
         if S.first_order:
             scores_sum += scores_part
         total = total * decay + total_part
-        o = o * decay[:, None] + tl.sum(o_part * weight[:, :, None], 0)
+        o_part = _weighted(o_part, weight[:, :, None], there[:, :, None])
+        o = o * decay[:, None] + tl.sum(o_part, 0)
     if S.completion == "none":
         o = _divided(o, total)
     elif slot >= 0:
@@ -167,6 +169,14 @@ def _rescaled(m, best, parts):
     summed under the old ones."""
     new = tl.maximum(m, best)
     return new, tl.exp2(m - finite(new)), tl.exp2(parts - finite(new)[None, :])
+
+
+@triton.jit
+def _weighted(parts, weight, there):
+    """``parts * weight`` of the partials that are there, rounded. Without the choice a compiler joins the product with
+    the first addition of the sum over partials, and threads that hold the same sum round it differently (triton#7264).
+    """
+    return tl.where(there, parts * weight, 0.0)
 
 
 @triton.jit

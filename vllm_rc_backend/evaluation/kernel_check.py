@@ -6,6 +6,7 @@ Used by the tests, under Triton's interpreter and on GPUs, and by ``rc-topk benc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -204,15 +205,20 @@ class Runner:
             starts = self.tensor(self._starts(query_lens))
             self.pages.begin_step(self.block_table, self.tensor(seq_lens), starts, max(query_lens))
 
-    def prefill(self) -> None:
-        """All tokens before the first decode step, in chunks; compares the page statistics and summaries."""
+    def chunks(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Lengths after each step of the prefill of all tokens before the first decode step, and what it adds."""
         ends = [max(n - 1, 0) for n in self.case.seq_lens]
         for start in range(0, max(ends), self.case.chunk):
             counts = [min(max(end - start, 0), self.case.chunk) for end in ends]
-            self.extend([start + count if count else 0 for count in counts], counts)
+            yield [start + count if count else 0 for count in counts], counts
 
-    def extend(self, seq_lens: list[int], query_lens: list[int]) -> None:
-        """One step of a prefill; compares the page statistics, and the summaries that its rows were given."""
+    def prefill(self) -> None:
+        """All of these steps; compares the page statistics and summaries."""
+        for step in self.chunks():
+            self.extend(*step)
+
+    def run_prefill(self, seq_lens: list[int], query_lens: list[int]) -> SummaryPlan | None:
+        """The kernels of one step of a prefill."""
         self.write(seq_lens, query_lens)
         lengths, starts = self.tensor(seq_lens), self.tensor(self._starts(query_lens))
         plan = None
@@ -220,6 +226,11 @@ class Runner:
             plan = self.planner.plan(self.block_table, lengths, starts)
         longest = max(query_lens)
         self.attention.update_prefill(self.kv_cache, self.block_table, lengths, starts, longest, plan)
+        return plan
+
+    def extend(self, seq_lens: list[int], query_lens: list[int]) -> None:
+        """One step of a prefill; compares the page statistics, and the summaries that its rows were given."""
+        plan = self.run_prefill(seq_lens, query_lens)
         self._finish(seq_lens, query_lens)
         self._compare_statistics()
         if plan is None:
@@ -235,10 +246,14 @@ class Runner:
     def decode(self, seq_lens: list[int]) -> float:
         """One decode step; compares everything. Returns the relative error of the output."""
         query = self.new_query(len(seq_lens))
+        return self.compare(query, seq_lens, self.run_decode(query, seq_lens))
+
+    def run_decode(self, query: Tensor, seq_lens: list[int]) -> Tensor:
+        """The kernels of one decode step; the output, which was NaN before."""
         plan = self.begin(seq_lens)
         out = torch.full_like(query, torch.nan)
         self.attention.decode(query, self.kv_cache, self.block_table, self.tensor(seq_lens), plan, out)
-        return self.compare(query, seq_lens, out)
+        return out
 
     def begin(self, seq_lens: list[int]) -> SummaryPlan | None:
         """What a decode step does before any layer: its plan, None without a completion."""
