@@ -42,6 +42,7 @@ from vllm_rc_backend.layer import (
 from vllm_rc_backend.observability.device import DeviceMeter
 from vllm_rc_backend.side_store import SideStore
 from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
+from vllm_rc_backend.warm_up_triton import warm_up
 
 logger = logging.getLogger("vllm.rc_topk")
 
@@ -124,7 +125,9 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             )
             self.updater = SummaryUpdater([layer.attention for layer in layers.values()])
         workspace = first.attention.workspace
-        if first.config.kv_residency == "host":
+        on_host = first.config.kv_residency == "host"
+        warm_up(first.attention, self.planner, vllm_config.model_config.dtype, decodes=not on_host)
+        if on_host:
             self.pages = keep_pages(vllm_config, layers)
         self.meter = DeviceMeter(
             workspace.counters, first.store.layout, len(sparse_layers(vllm_config)), self.pages
@@ -224,7 +227,6 @@ def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
         group = layer.shape.num_heads // layer.shape.num_kv_heads
         layer.workspace.shape = make_shape(layer.store.layout, group, layer.config.group_rule)
         layer.attention = TritonAttention(layer.store, layer.workspace, owners[name].impl.scale)
-    warm_up(vllm_config, next(iter(layers.values())))
 
 
 def keep_pages(vllm_config: Any, layers: dict[str, SparseLayer]) -> DevicePages:
@@ -272,27 +274,6 @@ def _left_on_device(vllm_config: Any, device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch_now
     return max(int(total * vllm_config.cache_config.gpu_memory_utilization) - others - torch_peak, 0)
-
-
-def warm_up(vllm_config: Any, layer: SparseLayer) -> None:
-    """Compile now what no captured graph has in it: it would be compiled in the middle of the first request."""
-    assert layer.store is not None
-    layout, device = layer.store.layout, layer.store.codes.device
-    dtype = torch.uint8 if layout.kv_bytes == 1 else vllm_config.model_config.dtype
-    size = layout.geometry.block_size
-    kv_cache = torch.zeros(1, size, layout.heads, 2 * layout.head_size, dtype=dtype, device=device).transpose(
-        1, 2
-    )
-    for cache in (kv_cache, kv_cache.contiguous()):  # both orders that vLLM keeps blocks in
-        zeros = torch.zeros(16, dtype=torch.int32, device=device)
-        plan = SummaryPlan(zeros[:1] - 1, *(zeros[:1],) * 3) if layout.slots else None
-        layer.attention.update_prefill(cache, zeros.view(1, 16), zeros[:1], zeros[:2], size, plan)
-        if plan is not None:
-            layer.attention.bind(cache, 1.0, 1.0)
-            SummaryUpdater([layer.attention]).update(zeros.view(1, 16), plan)
-            layer.attention.cache = None
-    if layer.config.kv_residency == "device":
-        layer.attention.warm_up(kv_cache, vllm_config.model_config.dtype)
 
 
 class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):

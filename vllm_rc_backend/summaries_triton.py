@@ -92,13 +92,12 @@ class _Alike:
 
     @classmethod
     def of(cls, layers: list[TritonAttention]) -> _Alike:
-        """With the table of their addresses, int64 ``[4, layers]``: caches, states, the maps' weights and biases."""
-        places = [layer.cache for layer in layers]
-        addresses = [[0 if place is None else place.address for place in places]]
-        addresses.append([layer.store.states.data_ptr() for layer in layers])
-        for i in range(2):
-            maps = [layer.maps[i] for layer in layers]
-            addresses.append([0 if x is None else x.data_ptr() for x in maps])
+        """With the table of their addresses, int64 ``[layers, 4]``: caches, states, the maps' weights and biases."""
+        addresses = []
+        for layer in layers:
+            maps = [0 if x is None else x.data_ptr() for x in layer.maps[:2]]
+            cache = 0 if layer.cache is None else layer.cache.address
+            addresses.append([cache, layer.store.states.data_ptr(), *maps])
         factors = [(layer.key_scale, layer.value_scale) for layer in layers]
         device = layers[0].store.states.device
         return cls(
@@ -146,7 +145,7 @@ class SummaryUpdater:
         columns = work.update_columns(first.pages is not None)
         most = rows * len(alike.layers) * shape.heads * -(-shape.head_size // columns)
         update_kernel[(min(work.processors * work.tuning.update_programs, most),)](
-            *alike.addresses,
+            alike.addresses,
             alike.factors,
             block_table,
             plan.slot,

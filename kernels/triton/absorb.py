@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.features import add_features, sum_features
+from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 from vllm_rc_backend.kernels.triton.summary import add_columns, sum_columns
 
@@ -89,10 +90,7 @@ def add_sums(matrix, vector, states, slot, source, head, start, S: tl.constexpr,
         add_columns(matrix, K1, V1, state, copied, source, start, S, COLS)
 
 
-# The rows of a prefill begin anywhere in the batch: without this, each alignment would be compiled as it first occurs.
-@triton.jit(
-    do_not_specialize_on_alignment=["block_table", "plan_slot", "plan_source", "plan_first", "plan_last"]
-)
+@launched
 def absorb_kernel(
     kv,
     block_table,

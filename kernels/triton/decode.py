@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
+from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.linear import LOG2_E, damping, tilt
 from vllm_rc_backend.kernels.triton.mass import finite, page_scores, retrieved_mass
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
@@ -127,7 +128,7 @@ def _attend(
 
 
 # The same kernel for all batches of which the constants are the same, see ``attention_triton.launch_rows``.
-@triton.jit(do_not_specialize=["scorers", "attenders", "stride_table"])
+@launched
 def decode_kernel(
     query,
     kv,

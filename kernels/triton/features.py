@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
+from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.linear import LOG2_E
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot, dot_split, operand_type
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS
@@ -137,7 +138,7 @@ def add_features(weighted, u, state, source, source_slot, start, S: tl.constexpr
         store_planes(state + counts, u, known, LOW)
 
 
-@triton.jit(do_not_specialize=["scorers", "attenders", "stride_table"])
+@launched
 def features_kernel(
     query,
     kv,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.choose import choose_pages
+from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.paged import page_of, page_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 
@@ -24,7 +25,7 @@ SPAN = tl.constexpr(256)
 """A page's tokens to fetch are kept as ``begin + SPAN * end``."""
 
 
-@triton.jit
+@launched
 def truncate_pages_kernel(
     page_slot,
     filled,
@@ -110,7 +111,7 @@ def cached_rows(pool, content, reading, j, real, stride_block, stride_token, S: 
     return tl.where(where >= 0, copy, page)
 
 
-@triton.jit
+@launched
 def choose_kernel(
     keys,
     maxima,
@@ -156,7 +157,7 @@ def choose_kernel(
         )
 
 
-@triton.jit
+@launched
 def find_pages_kernel(
     chosen,
     block_table,
@@ -219,7 +220,7 @@ def find_pages_kernel(
     tl.atomic_add(counters + 3, lacking.to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+@launched
 def take_slots_kernel(
     seq_lens,
     page_slot,
@@ -295,7 +296,7 @@ def take_slots_kernel(
     tl.atomic_add(counters + 2, evicted.to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+@launched
 def fetch_pages_kernel(
     pool,
     seq_lens,

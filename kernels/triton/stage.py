@@ -1,12 +1,12 @@
 """Earlier tokens of sequences, copied out of a pool in host memory: a prefill reads each of them once a chunk."""
 
-import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.paged import token_rows
 
 
-@triton.jit
+@launched
 def stage_kernel(
     pool,
     block_table,

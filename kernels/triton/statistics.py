@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.paged import page_of, page_rows
 from vllm_rc_backend.kernels.triton.runs import finish_runs
 
@@ -52,8 +53,7 @@ def finish_page(
             _store_vector(second, codes, scales, index + 1, S)
 
 
-# The rows of a prefill begin anywhere in the batch: without this, each alignment would be compiled as it first occurs.
-@triton.jit(do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start"])
+@launched
 def finish_pages_kernel(
     kv,
     block_table,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.reference.summary import LOOKBACK as PAGES
+from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
 from vllm_rc_backend.kernels.triton.paged import page_of, token_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end
@@ -25,7 +26,7 @@ def _find(slot_page, page_slot, page, mask):
     return tl.where(mask & known & (tag == page), slot, -1)
 
 
-@triton.jit
+@launched
 def plan_kernel(
     slot_page,
     page_slot,

@@ -9,21 +9,18 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.absorb import add_sums, sum_tokens
+from vllm_rc_backend.kernels.triton.launched import launched
 
 
 @triton.jit
-def _pointer(table, layer, dtype: tl.constexpr):
-    """A layer's entry of a table of addresses."""
-    return tl.load(table + layer).to(tl.pointer_type(dtype))
+def _pointer(address, dtype: tl.constexpr):
+    """An address as what lies there."""
+    return tl.load(address).to(tl.pointer_type(dtype))
 
 
-# Rows and work differ from step to step: without this, a single one would be compiled as it first occurs.
-@triton.jit(do_not_specialize=["rows", "layers"])
+@launched
 def update_kernel(
-    caches,
-    states,
-    key_weights,
-    key_biases,
+    addresses,
     factors,
     block_table,
     plan_slot,
@@ -46,9 +43,8 @@ def update_kernel(
     """Any number of programs: they share the work out evenly, whichever rows have some.
 
     Args:
-        caches: int64 ``[layers]``, addresses of caches ``[block, head, token, K then V]`` of DTYPE.
-        states: int64 ``[layers]``, addresses of the side stores' states.
-        key_weights, key_biases: the same of ``completion.Features``; otherwise None.
+        addresses: int64 ``[layers, 4]``, of the layer's cache ``[block, head, token, K then V]`` of DTYPE, of its side
+            store's states, and of the key weights and biases of ``completion.Features``.
         factors: float32 ``[layers, 2]``, of a quantised cache's K and V.
         block_table: ``[rows, max_blocks]``.
         plan_slot, plan_source, plan_first, plan_last: of these rows, from ``SummaryPlanner.plan``.
@@ -72,12 +68,13 @@ def update_kernel(
         i = tl.max(tl.where((nth == item // each + 1) & (busy > 0), row, 0), 0)
         slot, source = tl.load(plan_slot + i), tl.load(plan_source + i)
         # What Triton would see of an address that it is launched with: vectors of several elements can be loaded.
-        kv = tl.multiple_of(_pointer(caches, layer, DTYPE), 16) + head.to(tl.int64) * stride_head
-        state = tl.multiple_of(_pointer(states, layer, tl.bfloat16), 16)
-        key_weight, key_bias = key_weights, key_biases
+        own = addresses + layer * 4
+        kv = tl.multiple_of(_pointer(own, DTYPE), 16) + head.to(tl.int64) * stride_head
+        state = tl.multiple_of(_pointer(own + 1, tl.bfloat16), 16)
+        key_weight, key_bias = None, None
         if S.completion == "features":
-            key_weight = tl.multiple_of(_pointer(key_weights, layer, tl.float32), 16)
-            key_bias = _pointer(key_biases, layer, tl.float32)
+            key_weight = tl.multiple_of(_pointer(own + 2, tl.float32), 16)
+            key_bias = _pointer(own + 3, tl.float32)
         if (source < 0) & (part == 0) & (head == 0):
             tl.atomic_add(counters + 7, 1, sem="relaxed")
         matrix, vector = sum_tokens(

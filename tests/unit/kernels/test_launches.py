@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
 
 from tests.unit.kernels.cases import FEATURES, RUNS
 from tests.unit.kernels.triton_compiled import Recorder
-from vllm_rc_backend import attention_triton
+from vllm_rc_backend import attention_triton, summaries_triton
 from vllm_rc_backend.attention_triton import (
     MPS_VARIABLES,
     TritonAttention,
@@ -22,9 +22,11 @@ from vllm_rc_backend.attention_triton import (
     make_shape,
 )
 from vllm_rc_backend.evaluation.kernel_check import Case
-from vllm_rc_backend.kernels.reference import SummaryPlan
+from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 from vllm_rc_backend.side_store import SideStore
+from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
+from vllm_rc_backend.warm_up_triton import warm_up
 
 PAGED: dict[str, Any] = {**RUNS, "completion": "paged"}
 
@@ -52,12 +54,41 @@ def test_one_launch_only_where_all_of_its_programs_fit(heads: int, max_model_len
     assert sorted(joint.values()) == [joint[rows] for rows in sorted(joint)]
 
 
+class Launches:
+    """Records, in place of launching them, what kernels Triton would compile for all launches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recorders = {}
+        for module in (attention_triton, summaries_triton):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                self.recorders[name] = Recorder(getattr(module, name))
+                monkeypatch.setattr(module, name, self.recorders[name])
+
+    def kernels(self) -> frozenset[Any]:
+        """Those since the last call."""
+        found = set()
+        for name, recorder in self.recorders.items():
+            for values, options in recorder.launches:
+                compiled = tuple(map(compiled_as, values, recorder.kernel.params))
+                found.add((name, compiled, tuple(sorted((k, str(v)) for k, v in options.items()))))
+            recorder.launches.clear()
+        return frozenset(found)
+
+
+def compiled_as(value: object, parameter: Any) -> object:
+    """What of an argument that is not a constant a kernel is compiled for."""
+    if isinstance(value, torch.Tensor):
+        aligned = parameter.do_not_specialize_on_alignment or value.data_ptr() % 16 == 0
+        return value.dtype, aligned
+    if type(value) is int:
+        size = value.bit_length() > 31
+        return size if parameter.do_not_specialize else (size, value == 1, value % 16 == 0)
+    return type(value)
+
+
 def kernels_of(monkeypatch: pytest.MonkeyPatch, work: Workspace, layer: TritonAttention, most: int) -> Any:
-    """A function of a number of rows: the kernels of their decode, each as what Triton compiles it for."""
-    recorders = {}
-    for name in ("decode_kernel", "features_kernel"):
-        recorders[name] = Recorder(getattr(attention_triton, name))
-        monkeypatch.setattr(attention_triton, name, recorders[name])
+    """A function of a number of rows: the kernels of their decode."""
+    launches = Launches(monkeypatch)
     query = torch.zeros(most, work.shape.heads * work.shape.group, work.shape.head_size)
     table, lengths = torch.zeros(most, 16, dtype=torch.int32), torch.zeros(most, dtype=torch.int32)
     kv_cache = torch.zeros(1, work.shape.heads, work.shape.geometry.block_size, 2 * work.shape.head_size)
@@ -66,19 +97,58 @@ def kernels_of(monkeypatch: pytest.MonkeyPatch, work: Workspace, layer: TritonAt
         slots = lengths[:rows]
         plan = SummaryPlan(slots, slots, slots, slots)
         layer.decode(query[:rows], kv_cache, table[:rows], slots, plan, query[:rows])
-        found = []
-        for name, recorder in recorders.items():
-            for values, options in recorder.launches:
-                numbers = [
-                    (value == 1, value % 16 == 0)
-                    for value, parameter in zip(values, recorder.kernel.params, strict=False)
-                    if type(value) is int and not parameter.do_not_specialize
-                ]
-                found.append((name, tuple(numbers), tuple(sorted((k, str(v)) for k, v in options.items()))))
-            recorder.launches.clear()
-        return frozenset(found)
+        return launches.kernels()
 
     return kernels
+
+
+@pytest.mark.parametrize("max_rows", [1, 21, 64])
+@pytest.mark.parametrize(
+    "options", [PAGED, FEATURES, {"completion": "none"}], ids=["paged", "features", "none"]
+)
+def test_no_step_needs_a_kernel_that_the_start_has_not_compiled(
+    options: dict[str, Any], max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes beside prefills, whose rows begin anywhere; a block table of 63 columns; three layers."""
+    case = Case(**options, heads=2, head_size=128, max_model_len=1000, slots=max_rows + 2)
+    shape = make_shape(case.layout, case.group, case.group_rule)
+    work = Workspace(shape, max_rows, case.max_model_len, "cpu", case.statistics_bits)
+    layers = [TritonAttention(SideStore(case.layout, 8, "cpu"), work, 1.0) for _ in range(3)]
+    planner = None
+    if case.layout.slots:
+        planner = SummaryPlanner(case.geometry, SummaryTags.empty(case.layout.slots, 8), max_rows)
+    launches = Launches(monkeypatch)
+    warm_up(layers[0], planner, case.dtype)
+    compiled = launches.kernels()
+
+    updater = SummaryUpdater(layers)
+    cache = torch.zeros(8, 2, case.page_size, 256, dtype=case.dtype)
+    for layer in layers:
+        layer.bind(cache, 1.0, 1.0)
+    query = torch.zeros(max_rows, 2 * case.group, 128, dtype=case.dtype)
+    tables, starts = (
+        torch.zeros(max_rows, 63, dtype=torch.int32),
+        torch.zeros(max_rows + 1, dtype=torch.int32),
+    )
+    steps = [(decodes, rows) for rows in range(1, max_rows + 1) for decodes in {0, rows - 1, rows}]
+    for decodes, rows in steps:
+        table, lengths, plan = tables[:rows], starts[:rows], None
+        if planner is not None:
+            plan = planner.plan(table, lengths, starts[: rows + 1])
+        if decodes:
+            if plan is not None:
+                updater.update(table[:decodes], plan)
+            layers[0].decode(
+                query[:decodes], cache, table[:decodes], lengths[:decodes], plan, query[:decodes]
+            )
+        if decodes < rows:
+            rest = None if plan is None else plan.from_row(decodes)
+            begin = starts[decodes : rows + 1]
+            layers[0].update_prefill(cache, table[decodes:], lengths[decodes:], begin, 100, rest)
+        assert launches.kernels() <= compiled, (decodes, rows)
+    names = {name for name, *_ in compiled}
+    assert {"decode_kernel", "finish_pages_kernel"} <= names
+    assert (planner is not None) == ({"plan_kernel", "update_kernel", "absorb_kernel"} <= names)
 
 
 @pytest.mark.parametrize("max_model_len", [8192, 131072])

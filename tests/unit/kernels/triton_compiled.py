@@ -159,7 +159,8 @@ def resources(launch: Launch) -> dict[str, int | str]:
         value = values[name]
         signature[name] = "constexpr" if name in constants else triton.runtime.jit.mangle_type(value)
         specialised = type(value) is int and value % 16 == 0 and not kernel.params[i].do_not_specialize
-        if name not in constants and (isinstance(value, torch.Tensor) or specialised):
+        alignable = isinstance(value, torch.Tensor) and not kernel.params[i].do_not_specialize_on_alignment
+        if name not in constants and (alignable or specialised):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
     warps = {k: v for k, v in options.items() if k in ("num_warps", "num_stages", "maxnreg")}

@@ -1,0 +1,42 @@
+"""At a server's start every kernel that a step may launch is compiled: otherwise it would be in the middle of the first
+request that needs it, and no captured graph has them all in it."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_rc_backend.attention_triton import TritonAttention
+from vllm_rc_backend.kernels.reference import SummaryPlan
+from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
+
+
+def warm_up(
+    attention: TritonAttention, planner: SummaryPlanner | None, dtype: torch.dtype, decodes: bool = True
+) -> None:
+    """Launch each kernel on rows of padding, which read nothing and leave nothing behind.
+
+    Args:
+        attention: of any layer of a KV-cache group, not bound to a cache yet.
+        planner: the group's; None without a completion.
+        dtype: of queries, and of the cache unless its elements are single bytes.
+        decodes: whether to compile ``TritonAttention.decode`` as well.
+    """
+    store = attention.store
+    layout, device = store.layout, store.codes.device
+    size = layout.geometry.block_size
+    kv_dtype = torch.uint8 if layout.kv_bytes == 1 else dtype
+    kv_cache = torch.zeros(1, size, layout.heads, 2 * layout.head_size, dtype=kv_dtype, device=device)
+    kv_cache = kv_cache.transpose(1, 2)
+    zeros = torch.zeros(16, dtype=torch.int32, device=device)
+    table, lengths, starts = zeros.view(1, 16), zeros[:1], zeros[:2]
+    if planner is not None:
+        planner.plan(table, lengths, starts)
+    plan = None if planner is None else SummaryPlan(lengths - 1, lengths, lengths, lengths)
+    for cache in (kv_cache, kv_cache.contiguous()):  # both orders that vLLM keeps blocks in
+        attention.update_prefill(cache, table, lengths, starts, size, plan)
+        if plan is not None:
+            attention.bind(cache, 1.0, 1.0)
+            SummaryUpdater([attention]).update(table, plan)
+            attention.cache = None
+    if decodes:
+        attention.warm_up(kv_cache, dtype)
