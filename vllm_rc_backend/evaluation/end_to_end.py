@@ -177,6 +177,7 @@ def measure(backend: str, run: Run) -> Any:
         print(json.dumps({"backend": backend, **rows[-1]}), file=sys.stderr, flush=True)
     cache = llm.llm_engine.vllm_config.cache_config
     return {
+        "backend": backend,
         "rows": rows,
         "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         "layers": run.layers,
@@ -197,15 +198,28 @@ def compare(run: Run) -> list[dict[str, Any]]:
         arguments += ["--skip-attention-of-prompts"] if run.skip_attention else []
         arguments += ["--loads", *(f"{load.context}x{load.batch}" for load in run.loads)]
         found[backend] = run_child(MODULE, arguments)
-    return join(*(found[backend] for backend in BACKENDS))
+    return join(*found.values())
 
 
-def join(dense: dict[str, Any], ours: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each load from what ``measure`` has found on either backend.
+def join(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each load from what ``measure`` has found on either backend, in either order.
 
     A load of which one backend has no time above zero has none: the shorter answers took longer, so that something else
     than their tokens was timed. It is named on stderr.
+
+    Raises:
+        ValueError: they are not of both backends, or of other loads or models.
     """
+    found = {measured["backend"]: measured for measured in (one, other)}
+    if set(found) != set(BACKENDS):
+        raise ValueError(f"both are of {one['backend']}: one of {' and one of '.join(BACKENDS)} is needed")
+    dense, ours = (found[backend] for backend in BACKENDS)
+    loads = [
+        [f"{row['context']}x{row['batch']} of {measured['layers']} layers" for row in measured["rows"]]
+        for measured in (dense, ours)
+    ]
+    if loads[0] != loads[1]:
+        raise ValueError(f"of other loads: {', '.join(loads[0])} and {', '.join(loads[1])}")
     rows = []
     for d, o in zip(dense["rows"], ours["rows"], strict=True):
         if min(d["token_ms"], o["token_ms"]) <= 0:
@@ -291,8 +305,8 @@ def main() -> None:
         "--join",
         nargs=2,
         type=Path,
-        metavar=("DENSE", "OURS"),
-        help="measure nothing: what --backend FLASH_ATTN and --backend RC_TOPK wrote",
+        metavar=("ONE", "OTHER"),
+        help="measure nothing: what --backend FLASH_ATTN and --backend RC_TOPK wrote, in either order",
     )
     parser.add_argument(
         "--output",
@@ -317,7 +331,13 @@ def main() -> None:
     if args.backend:
         args.write.write_text(json.dumps(measure(args.backend, run), indent=1))
         return
-    rows = join(*(json.loads(path.read_text()) for path in args.join)) if args.join else compare(run)
+    if args.join:
+        try:
+            rows = join(*(json.loads(path.read_text()) for path in args.join))
+        except ValueError as error:
+            parser.error(f"--join {' '.join(map(str, args.join))}: {error}")
+    else:
+        rows = compare(run)
     keep(args.output, rows)
     print(markdown(rows))
 
