@@ -1,8 +1,8 @@
 """Every kernel once, on small shapes: what ``make sanitize`` runs under NVIDIA's compute-sanitizer.
 
 Under it each tensor has its own allocation, so that an access past one's end is seen. The reference has no part in
-decode steps here: under ``initcheck`` each of its many small kernels is slow, and its matrix products are reported,
-whose asynchronous stores the tool does not see. ``test_kernels.py`` holds the same cases to it.
+decode steps here: under ``initcheck`` each of its many small kernels is slow, and reads of what torch's own matrix
+products have written are reported. ``test_kernels.py`` holds the same cases to it.
 """
 
 from __future__ import annotations
