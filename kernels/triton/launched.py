@@ -19,7 +19,7 @@ VARYING = (
 )
 """Arguments that no kernel is specialised on. Triton makes kernels of their own for numbers that are 1 or multiples of
 16, and for tensors that do not start at multiples of 16 bytes, as the rows of prefills behind those of decodes; each
-would be compiled when it first occurs, while requests wait. Nothing is gained: these are read one by one."""
+would be compiled when it first occurs, while requests wait. It would gain nothing: these are read one by one."""
 
 launched = triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=VARYING)
 """In place of ``triton.jit`` for a kernel that the host launches."""
