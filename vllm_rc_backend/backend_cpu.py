@@ -87,7 +87,7 @@ class RCTopKCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                     vllm_config, self.layers, int(config.host_kv_gib * GIB / CACHE_SHARE)
                 )
         for layer in self.layers.values():
-            if layer.config.kv_residency == "host":
+            if layer.config.on_host:
                 assert layer.store is not None
                 cache = as_numbers(torch.empty(0, dtype=kv_cache_spec.dtype), layer.shape.kv_cache_dtype)
                 layer.pages = PageCache.empty(

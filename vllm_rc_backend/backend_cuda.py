@@ -125,9 +125,9 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             )
             self.updater = SummaryUpdater([layer.attention for layer in layers.values()])
         workspace = first.attention.workspace
-        on_host = first.config.kv_residency == "host"
-        warm_up(first.attention, self.planner, vllm_config.model_config.dtype, decodes=not on_host)
-        if on_host:
+        dtype = vllm_config.model_config.dtype
+        warm_up(first.attention, self.planner, dtype, decodes=not first.config.on_host)
+        if first.config.on_host:
             self.pages = keep_pages(vllm_config, layers)
         self.meter = DeviceMeter(
             workspace.counters, first.store.layout, len(sparse_layers(vllm_config)), self.pages

@@ -236,7 +236,7 @@ class RCTopKConfig:
             )
 
     def _check_residency(self) -> None:
-        host = self.kv_residency == "host"
+        host = self.on_host
         hint = f"kv_residency is {self.kv_residency}."
         if host != (self.host_kv_gib is not None) or (host and not self._gib("host_kv_gib") > 0):
             raise OptionError("host_kv_gib", self.host_kv_gib, self._allowed("host_kv_gib"), hint)
@@ -263,6 +263,11 @@ class RCTopKConfig:
     def estimator(self) -> str:
         """The completion, that of the selection policy if none was named."""
         return self.completion or default_completion(self.selection)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the KV pages live in host memory."""
+        return self.kv_residency == "host"
 
     @property
     def stored_bits(self) -> int:

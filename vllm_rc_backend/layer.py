@@ -167,7 +167,7 @@ class SparseLayer:
         compat.check_engine(self.vllm_config)
         self.config = RCTopKConfig.from_additional_config(self.vllm_config.additional_config)
         if (
-            self.config.kv_residency == "host"
+            self.config.on_host
             and self.vllm_config.device_config.device_type != "cpu"
             and shape.kv_cache_dtype.startswith("fp8")
         ):
@@ -297,7 +297,7 @@ def reserve(vllm_config: Any) -> None:
             layer.sparse = False
     layers = sparse_layers(vllm_config)
     compat.allocate_pool_inside(None)
-    if any(layer.config.kv_residency == "host" for layer in own_layers(vllm_config).values()):
+    if any(layer.config.on_host for layer in own_layers(vllm_config).values()):
         keep_pages_in_host_memory(vllm_config, layers)
     if not layers:
         logger.warning(
