@@ -545,20 +545,18 @@ class TritonAttention:
             self.complete(query, kv, block_table, seq_lens, plan)
             self.launch(query, kv, block_table, seq_lens, plan, out, scores=False)
 
-    def warm_up(self, kv_cache: Tensor, dtype: torch.dtype) -> None:
+    def warm_up(self, kv_cache: Tensor, dtype: torch.dtype, plan: SummaryPlan | None) -> None:
         """Compile all kernels that a decode step may take: launch each on rows of padding, which read nothing.
 
         Args:
             kv_cache: see ``update_prefill``; of any number of blocks.
             dtype: of queries.
+            plan: of no row, see ``decode``.
         """
         device = kv_cache.device
         for rows in self.workspace.compiled_for():
             table = torch.zeros(rows, 16, dtype=torch.int32, device=device)
             lengths = table.new_zeros(rows)
-            plan = None
-            if self.shape.completion != "none":
-                plan = SummaryPlan(lengths - 1, lengths, lengths, lengths)
             size = rows, self.shape.heads * self.shape.group, self.shape.head_size
             query = torch.zeros(size, dtype=dtype, device=device)
             self.decode(query, kv_cache, table, lengths, plan, torch.empty_like(query))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 
 from vllm_rc_backend.attention_triton import TritonAttention
-from vllm_rc_backend.kernels.reference import SummaryPlan
 from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
 
 
@@ -17,7 +16,7 @@ def warm_up(
 
     Args:
         attention: of any layer of a KV-cache group, not bound to a cache yet.
-        planner: the group's; None without a completion.
+        planner: the group's, which has planned nothing yet; None without a completion.
         dtype: of queries, and of the cache unless its elements are single bytes.
         decodes: whether to compile ``TritonAttention.decode`` as well.
     """
@@ -29,14 +28,11 @@ def warm_up(
     kv_cache = kv_cache.transpose(1, 2)
     zeros = torch.zeros(16, dtype=torch.int32, device=device)
     table, lengths, starts = zeros.view(1, 16), zeros[:1], zeros[:2]
-    if planner is not None:
-        planner.plan(table, lengths, starts)
-    plan = None if planner is None else SummaryPlan(lengths - 1, lengths, lengths, lengths)
-    for cache in (kv_cache, kv_cache.contiguous()):  # both orders that vLLM keeps blocks in
-        attention.update_prefill(cache, table, lengths, starts, size, plan)
-        if plan is not None:
-            attention.bind(cache, 1.0, 1.0)
-            SummaryUpdater([attention]).update(table, plan)
-            attention.cache = None
+    plan = None if planner is None else planner.plan(table, lengths, starts)
+    attention.update_prefill(kv_cache, table, lengths, starts, size, plan)
+    if plan is not None:
+        attention.bind(kv_cache, 1.0, 1.0)
+        SummaryUpdater([attention]).update(table, plan)
+        attention.cache = None
     if decodes:
-        attention.warm_up(kv_cache, dtype)
+        attention.warm_up(kv_cache, dtype, plan)

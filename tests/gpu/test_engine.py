@@ -13,7 +13,6 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from vllm_rc_backend import attention_triton, summaries_triton
 from vllm_rc_backend.attention_triton import COUNTERS
 from vllm_rc_backend.evaluation.kernel_check import assert_same_scales
 from vllm_rc_backend.evaluation.llama import Llama
@@ -39,6 +38,7 @@ from ..harness import (
     with_features,
 )
 from ..rat_plus import assert_plain, write_rat_plus
+from ..unit.kernels.triton_compiled import step_kernels
 
 GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
 
@@ -255,11 +255,8 @@ def test_counters_under_replay_prove_what_was_read(prompt: Prompt) -> None:
 
 def kernels_compiled() -> int:
     """Of all kernels, in this process."""
-    modules = (attention_triton, summaries_triton)
-    kernels = [
-        value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")
-    ]
-    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+    caches = [cache for at in step_kernels() for cache in getattr(*at).device_caches.values()]
+    return sum(len(cache[0]) for cache in caches)
 
 
 def test_no_kernel_is_compiled_while_it_serves(prompt: Prompt) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,8 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from tests.unit.kernels.cases import FEATURES, RUNS
-from tests.unit.kernels.triton_compiled import Recorder
-from vllm_rc_backend import attention_triton, summaries_triton
+from tests.unit.kernels.triton_compiled import Recorder, step_kernels
 from vllm_rc_backend.attention_triton import (
     MPS_VARIABLES,
     TritonAttention,
@@ -58,16 +58,14 @@ class Launches:
     """Records, in place of launching them, what kernels Triton would compile for all launches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.recorders = {}
-        for module in (attention_triton, summaries_triton):
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                self.recorders[name] = Recorder(getattr(module, name))
-                monkeypatch.setattr(module, name, self.recorders[name])
+        self.recorders = {at: Recorder(getattr(*at)) for at in step_kernels()}
+        for at, recorder in self.recorders.items():
+            monkeypatch.setattr(*at, recorder)
 
     def kernels(self) -> frozenset[Any]:
         """Those since the last call."""
         found = set()
-        for name, recorder in self.recorders.items():
+        for (_, name), recorder in self.recorders.items():
             for values, options in recorder.launches:
                 compiled = tuple(map(compiled_as, values, recorder.kernel.params))
                 found.add((name, compiled, tuple(sorted((k, str(v)) for k, v in options.items()))))
@@ -122,16 +120,17 @@ def test_no_step_needs_a_kernel_that_the_start_has_not_compiled(
     compiled = launches.kernels()
 
     updater = SummaryUpdater(layers)
-    cache = torch.zeros(8, 2, case.page_size, 256, dtype=case.dtype)
-    for layer in layers:
-        layer.bind(cache, 1.0, 1.0)
+    head_first = torch.zeros(8, 2, case.page_size, 256, dtype=case.dtype)
+    token_first = torch.zeros(8, case.page_size, 2, 256, dtype=case.dtype).transpose(1, 2)
     query = torch.zeros(max_rows, 2 * case.group, 128, dtype=case.dtype)
     tables, starts = (
         torch.zeros(max_rows, 63, dtype=torch.int32),
         torch.zeros(max_rows + 1, dtype=torch.int32),
     )
     steps = [(decodes, rows) for rows in range(1, max_rows + 1) for decodes in {0, rows - 1, rows}]
-    for decodes, rows in steps:
+    for (decodes, rows), cache in product(steps, (head_first, token_first)):
+        for layer in layers:
+            layer.bind(cache, 1.0, 1.0)
         table, lengths, plan = tables[:rows], starts[:rows], None
         if planner is not None:
             plan = planner.plan(table, lengths, starts[: rows + 1])

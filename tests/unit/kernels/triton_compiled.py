@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -92,11 +93,15 @@ class Recorder:
         return record
 
 
+def step_kernels() -> list[tuple[ModuleType, str]]:
+    """Where the host finds the kernels of a step: modules and names in them."""
+    modules = (attention_triton, summaries_triton, page_cache, staging)
+    return [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
+
+
 def launches(case: Case) -> Iterator[Launch]:
     """Every kernel with the arguments of a step of this case."""
-    modules = (attention_triton, summaries_triton, page_cache, staging)
-    names = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
-    recorders = {at: Recorder(getattr(*at)) for at in names}
+    recorders = {at: Recorder(getattr(*at)) for at in step_kernels()}
     for at, recorder in recorders.items():
         setattr(*at, recorder)
     layout = case.layout

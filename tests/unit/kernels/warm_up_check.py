@@ -8,6 +8,7 @@ import torch
 from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
 from vllm_rc_backend.attention_triton import COUNTERS
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner
+from vllm_rc_backend.warm_up_triton import warm_up
 
 ROWS = (40, 0, 90) * 3
 WARM = {
@@ -36,8 +37,15 @@ def check_warm_up(device: str, case: Case) -> None:
         seen.append(out)
 
     attention.decode = watched  # type: ignore[method-assign, assignment]
-    attention.warm_up(runner.kv_cache, case.dtype)
+    attention.warm_up(runner.kv_cache, case.dtype, runner.planner.current if runner.planner else None)
     assert [len(out) for out in seen] == work.compiled_for()
     assert all(int(out.count_nonzero()) == 0 for out in seen)
     assert work.counters.tolist() == [0] * len(COUNTERS)
     assert int(work.arrivals.count_nonzero()) == 0
+
+    # All of a start's, and then a prefill and a decode as if nothing had been.
+    warm_up(attention, runner.planner, case.dtype)
+    attention.bind(runner.kv_cache, case.key_scale, case.value_scale)
+    runner.prefill()
+    runner.decode(list(case.seq_lens))
+    runner.compare_counters()
