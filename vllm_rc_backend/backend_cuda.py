@@ -124,11 +124,11 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 vllm_config, partial(make_planner, first.store, max_rows(vllm_config))
             )
             self.updater = SummaryUpdater([layer.attention for layer in layers.values()])
-        workspace = first.attention.workspace
-        dtype = vllm_config.model_config.dtype
-        warm_up(first.attention, self.planner, dtype, decodes=not first.config.on_host)
         if first.config.on_host:
             self.pages = keep_pages(vllm_config, layers)
+        # With the page caches in place: with them a decode takes other kernels.
+        warm_up(first.attention, self.planner, vllm_config.model_config.dtype, first.staging)
+        workspace = first.attention.workspace
         self.meter = DeviceMeter(
             workspace.counters, first.store.layout, len(sparse_layers(vllm_config)), self.pages
         )

@@ -6,19 +6,24 @@ from __future__ import annotations
 import torch
 
 from vllm_rc_backend.attention_triton import TritonAttention
+from vllm_rc_backend.host_kv.staging import Staging
 from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
 
 
 def warm_up(
-    attention: TritonAttention, planner: SummaryPlanner | None, dtype: torch.dtype, decodes: bool = True
+    attention: TritonAttention,
+    planner: SummaryPlanner | None,
+    dtype: torch.dtype,
+    staging: Staging | None = None,
 ) -> None:
     """Launch each kernel on rows of padding, which read nothing and leave nothing behind.
 
     Args:
-        attention: of any layer of a KV-cache group, not bound to a cache yet.
+        attention: of any layer of a KV-cache group, not bound to a cache yet; with its page cache if it gets one, of
+            which no step has begun.
         planner: the group's, which has planned nothing yet; None without a completion.
         dtype: of queries, and of the cache unless its elements are single bytes.
-        decodes: whether to compile ``TritonAttention.decode`` as well.
+        staging: with the KV pages in host memory, what prefills read them through.
     """
     store = attention.store
     layout, device = store.layout, store.codes.device
@@ -34,5 +39,9 @@ def warm_up(
         attention.bind(kv_cache, 1.0, 1.0)
         SummaryUpdater([attention]).update(table, plan)
         attention.cache = None
-    if decodes:
-        attention.warm_up(kv_cache, dtype, plan)
+    if attention.pages is not None:
+        attention.pages.group.begin_step(table, lengths, starts, 1)
+        attention.pages.group.now.zero_()  # it was no step
+    if staging is not None:
+        staging.copy(kv_cache, table, lengths, starts, 0)
+    attention.warm_up(kv_cache, dtype, plan)

@@ -38,7 +38,7 @@ from ..harness import (
     with_features,
 )
 from ..rat_plus import assert_plain, write_rat_plus
-from ..unit.kernels.triton_compiled import step_kernels
+from ..unit.kernels.triton_compiled import kernels_compiled
 
 GPU = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "max_num_seqs": 16}
 
@@ -251,12 +251,6 @@ def test_counters_under_replay_prove_what_was_read(prompt: Prompt) -> None:
         assert got["pages_scored"] == sum(geometry.mid_end(n) - geometry.sink_pages for n in sparse)
         assert got["rows_without_summary"] == 0
         assert got["summaries_built"] == 0, "prefill left a summary to a decode"
-
-
-def kernels_compiled() -> int:
-    """Of all kernels, in this process."""
-    caches = [cache for at in step_kernels() for cache in getattr(*at).device_caches.values()]
-    return sum(len(cache[0]) for cache in caches)
 
 
 def test_no_kernel_is_compiled_while_it_serves(prompt: Prompt) -> None:

@@ -20,8 +20,20 @@ from vllm_rc_backend.host_kv import pool
 from vllm_rc_backend.host_kv.memory import free_bytes
 from vllm_rc_backend.observability import meter
 
-from ..harness import SCENARIOS, SMALL, Answer, Prompt, answers, assert_close, engine, greedy
+from ..harness import (
+    SCENARIOS,
+    SMALL,
+    Answer,
+    Prompt,
+    answers,
+    assert_close,
+    engine,
+    greedy,
+    run,
+    with_features,
+)
 from ..serving import eventually
+from ..unit.kernels.triton_compiled import kernels_compiled
 
 GPU = {
     "gpu_memory_utilization": 0.3,
@@ -145,3 +157,20 @@ def test_same_answers(gib: float, resident: dict[str, list[Answer]], prompt: Pro
     rate = counts.pages_found / counts.pages_wanted
     # A row reads 13 pages with each of two KV heads; the small cache has 43 slots, the other one for every other page.
     assert rate > 0.8 if gib == 1.0 else rate < 0.8, f"{rate:.3f} of the pages found"
+
+
+@pytest.mark.parametrize("completion", ["default", "features"])
+def test_no_kernel_is_compiled_while_it_serves(completion: str, prompt: Prompt, tmp_path: Path) -> None:
+    """Prompts come one by one and in chunks, beside any number of decodes, and only one size of batches has been
+    captured. The directories of this small cache begin anywhere."""
+    # A budget that no other test has: kernels of its own.
+    options = HOST | {"budget": 208, "page_cache_gib": 0.001}
+    if completion == "features":
+        options |= with_features(tmp_path)
+    captured = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [16]}
+    arrivals = [(2 * i, str(i), prompt(700 + 10 * i, i), greedy(40)) for i in range(16)]
+    others = kernels_compiled()
+    with engine("rc_topk", options, **GPU | {"compilation_config": captured}) as llm:
+        before = kernels_compiled()
+        run(llm, arrivals, {})
+        assert kernels_compiled() == before > others

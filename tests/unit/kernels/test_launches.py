@@ -22,6 +22,8 @@ from vllm_rc_backend.attention_triton import (
     make_shape,
 )
 from vllm_rc_backend.evaluation.kernel_check import Case
+from vllm_rc_backend.host_kv.page_cache import DevicePages
+from vllm_rc_backend.host_kv.staging import Staging
 from vllm_rc_backend.kernels.reference import SummaryPlan, SummaryTags
 from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 from vllm_rc_backend.side_store import SideStore
@@ -100,12 +102,22 @@ def kernels_of(monkeypatch: pytest.MonkeyPatch, work: Workspace, layer: TritonAt
     return kernels
 
 
+def keep_pages(case: Case, work: Workspace, layers: list[TritonAttention]) -> tuple[DevicePages, Staging]:
+    """Give layers their page caches, whose directories begin anywhere, and what prefills read the host through."""
+    sizes = case.heads, 3403, case.head_size, case.dtype, "cpu", work.max_rows
+    pages = DevicePages(work.shape.geometry, len(layers), 7, *sizes, case.max_model_len)
+    for layer, own in zip(layers, pages.layers, strict=True):
+        layer.pages = own
+    return pages, Staging(case.geometry, case.heads, case.head_size, case.dtype, "cpu", work.max_rows)
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["pages on the device", "pages in host memory"])
 @pytest.mark.parametrize("max_rows", [1, 21, 64])
 @pytest.mark.parametrize(
     "options", [PAGED, FEATURES, {"completion": "none"}], ids=["paged", "features", "none"]
 )
 def test_no_step_needs_a_kernel_that_the_start_has_not_compiled(
-    options: dict[str, Any], max_rows: int, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], max_rows: int, on_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decodes beside prefills, whose rows begin anywhere; a block table of 63 columns; three layers."""
     case = Case(**options, heads=2, head_size=128, max_model_len=1000, slots=max_rows + 2)
@@ -115,8 +127,9 @@ def test_no_step_needs_a_kernel_that_the_start_has_not_compiled(
     planner = None
     if case.layout.slots:
         planner = SummaryPlanner(case.geometry, SummaryTags.empty(case.layout.slots, 8), max_rows)
+    pages, staging = keep_pages(case, work, layers) if on_host else (None, None)
     launches = Launches(monkeypatch)
-    warm_up(layers[0], planner, case.dtype)
+    warm_up(layers[0], planner, case.dtype, staging)
     compiled = launches.kernels()
 
     updater = SummaryUpdater(layers)
@@ -134,20 +147,29 @@ def test_no_step_needs_a_kernel_that_the_start_has_not_compiled(
         table, lengths, plan = tables[:rows], starts[:rows], None
         if planner is not None:
             plan = planner.plan(table, lengths, starts[: rows + 1])
-        if decodes:
-            if plan is not None:
-                updater.update(table[:decodes], plan)
-            layers[0].decode(
-                query[:decodes], cache, table[:decodes], lengths[:decodes], plan, query[:decodes]
-            )
-        if decodes < rows:
-            rest = None if plan is None else plan.from_row(decodes)
-            begin = starts[decodes : rows + 1]
-            layers[0].update_prefill(cache, table[decodes:], lengths[decodes:], begin, 100, rest)
+        if decodes and plan is not None:
+            updater.update(table[:decodes], plan)
+        if pages is not None:
+            pages.begin_step(table, lengths, starts[: rows + 1], 100)
+        for layer in layers:
+            if decodes:
+                layer.decode(
+                    query[:decodes], cache, table[:decodes], lengths[:decodes], plan, query[:decodes]
+                )
+            if decodes < rows:
+                rest = None if plan is None else plan.from_row(decodes)
+                prefills = table[decodes:], lengths[decodes:], starts[decodes : rows + 1]
+                layer.update_prefill(cache, *prefills, 100, rest)
+                if staging is not None:
+                    room = staging.room(rows - decodes)
+                    for first in (0, room, 2 * room):
+                        staging.copy(cache, *prefills, first)
         assert launches.kernels() <= compiled, (decodes, rows)
     names = {name for name, *_ in compiled}
     assert {"decode_kernel", "finish_pages_kernel"} <= names
     assert (planner is not None) == ({"plan_kernel", "update_kernel", "absorb_kernel"} <= names)
+    layer_by_layer = {"choose_kernel", "find_pages_kernel", "take_slots_kernel", "fetch_pages_kernel"}
+    assert on_host == (layer_by_layer | {"truncate_pages_kernel", "stage_kernel"} <= names)
 
 
 @pytest.mark.parametrize("max_model_len", [8192, 131072])
@@ -178,6 +200,9 @@ def test_captured_batches_compile_what_any_other_needs(
     compiled = work.compiled_for()
     assert {each[rows] for rows in compiled} == every
     assert len(compiled) == len(every) < 20
+    keep_pages(case, work, [layer])
+    cached = {rows: kernels(rows) for rows in range(1, 513)}
+    assert {cached[rows] for rows in compiled} == set(cached.values())
 
 
 @pytest.mark.parametrize(("head_size", "group"), [(256, 4), (128, 16)])

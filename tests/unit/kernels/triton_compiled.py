@@ -99,6 +99,12 @@ def step_kernels() -> list[tuple[ModuleType, str]]:
     return [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
 
 
+def kernels_compiled() -> int:
+    """Of all kernels of a step, in this process."""
+    caches = [cache for at in step_kernels() for cache in getattr(*at).device_caches.values()]
+    return sum(len(cache[0]) for cache in caches)
+
+
 def launches(case: Case) -> Iterator[Launch]:
     """Every kernel with the arguments of a step of this case."""
     recorders = {at: Recorder(getattr(*at)) for at in step_kernels()}
