@@ -141,6 +141,9 @@ class Tuning:
     joint_filled: float = 0.7  # of the room, which one program for each must fill where there is none for two
     joint_warps: int = 4
     features_elements: int = 8192  # features of tokens at a time
+    select_keys: int = 4096  # that a program looks at at a time
+    select_few: int = 1024  # of these all pages' keys at once, in one level
+    select_most: int = 2048  # the same of rows with ``most_splits`` programs
     merge_elements: int = 8192  # of partial results at a time
     merge_columns: int = 256  # of a head, that a program merges at a time
     joint_columns: int = 16
@@ -222,16 +225,11 @@ class Workspace:
         self.max_selected = most_retrieved_pages(geometry, max_model_len)
         # Neighbours per maximum, so that the two levels of the selection have about equally much to look at.
         self.neighbours = 1
-        while self.max_pages > 2048 and self.neighbours**2 * self.max_selected * 2 < self.max_pages:
+        while (
+            self.max_pages > tuning.select_few and self.neighbours**2 * self.max_selected * 2 < self.max_pages
+        ):
             self.neighbours *= 2
         self.max_groups = -(-self.max_pages // self.neighbours)
-        first = next_power_of_2(self.max_groups)
-        second = next_power_of_2(
-            self.max_selected * self.neighbours if self.neighbours > 1 else self.max_pages
-        )
-        most = max(first, second, 16)
-        # Keys looked at at a time, and whether that is all of them.
-        self.select_block, self.select_single = min(most, 4096), most <= 4096
 
         def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device)
@@ -274,13 +272,29 @@ class Workspace:
     def constants(self, rows: int, joint: bool) -> dict[str, int]:
         """What ``decode_kernel`` is compiled with, as far as it depends on the batch."""
         splits, columns = self.merge_tile(rows)
-        return {
+        return self.selection(rows) | {
             "SCORE_TILE": self.score_tile(joint),
             "MASSES": next_power_of_2(self.scorers(rows)),
             "TILE": self.decode_tile(rows, joint),
             "MERGE": splits,
             "MERGE_ALL": splits >= self.attenders(rows),
             "COLS": columns,
+        }
+
+    def selection(self, rows: int) -> dict[str, int]:
+        """Neighbouring pages that the first level of the selection takes as one, 1 if there is one level; keys that are
+        looked at at a time, and whether that is all of a level."""
+        tuning, group, keys = self.tuning, self.neighbours, self.max_pages
+        # Two levels have fewer keys, one has fewer steps: better while each program has a multiprocessor for itself.
+        if self.max_pages <= tuning.select_most and self.attenders(rows) == tuning.most_splits:
+            group = 1
+        if group > 1:
+            keys = max(self.max_groups, self.max_selected * group)
+        keys = max(next_power_of_2(keys), 16)
+        return {
+            "GROUP": group,
+            "BLOCK": min(keys, tuning.select_keys),
+            "SINGLE": keys <= tuning.select_keys,
         }
 
     def compiled_for(self) -> list[int]:
@@ -577,9 +591,7 @@ class TritonAttention:
             scorers,
             S=self.shape,
             MASSES=next_power_of_2(scorers),
-            GROUP=work.neighbours,
-            BLOCK=work.select_block,
-            SINGLE=work.select_single,
+            **work.selection(len(seq_lens)),
             num_warps=4,
         )
 
@@ -626,9 +638,7 @@ class TritonAttention:
             attenders,
             S=self.shape,
             MASSES=next_power_of_2(scorers),
-            GROUP=work.neighbours,
-            BLOCK=work.select_block,
-            SINGLE=work.select_single,
+            **work.selection(rows),
             TILE=work.features_tile,
             SPLITS=next_power_of_2(attenders),
             OVERLAP=work.overlap,
@@ -694,9 +704,6 @@ class TritonAttention:
             ATTENDS=attends,
             S=self.shape,
             SCORE_STAGES=tuning.score_stages,
-            GROUP=work.neighbours,
-            BLOCK=work.select_block,
-            SINGLE=work.select_single,
             **work.constants(rows, joint),
             OVERLAP=work.overlap and not joint,
             num_warps=tuning.joint_warps if joint else tuning.score_warps if scores else tuning.decode_warps,

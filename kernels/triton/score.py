@@ -129,6 +129,7 @@ def score_pages(
     heads = tl.arange(0, N)
     cols = tl.arange(0, S.block_d)
     member = heads < S.group
+    next_page = _tile_pages(block_table, split * TILE, pages, g, TILE)  # underway while the query is rotated
     if S.query_map == "runs":
         first, second, third, fourth, factor, begin = query_parts(query, stride_query_head, rotation, S)
         factor *= scale * LOG2_E
@@ -153,7 +154,6 @@ def score_pages(
         key_at = tl.where(is_top, maxima + row // GROUP, keys + row)
         is_first = (row % GROUP == 0) | (is_top == 0)
     step = splits * TILE
-    next_page = _tile_pages(block_table, split * TILE, pages, g, TILE)
     # num_stages on the loop: also the loads that feed no matrix product are issued ahead.
     for start in tl.range(split * TILE, pages, step, num_stages=STAGES):
         i = start + tl.arange(0, TILE)

@@ -338,10 +338,12 @@ def test_keys_that_do_not_fit_into_registers(group: int, rule: str) -> None:
         heads=1,
         max_model_len=40_000 if group > 1 else 512,
         budget=150,
+        tuning=Tuning(select_keys=16),
     )
     runner = Runner(case, "cpu")
-    assert (runner.workspace.neighbours > 1) == (group > 1)
-    runner.workspace.select_block, runner.workspace.select_single = 16, False
+    selection = runner.workspace.selection(1)
+    assert (selection["GROUP"] > 1) == (group > 1)
+    assert not selection["SINGLE"]
     runner.prefill()
     runner.decode([2400])
 
