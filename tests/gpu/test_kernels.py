@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
+from tests.unit.kernels.cases import FEATURES, LARGE_POOL, RUNS, SHARE
 from tests.unit.kernels.update_check import UPDATES, check_update
 from tests.unit.kernels.warm_up_check import WARM, check_warm_up
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
@@ -172,6 +172,8 @@ CASES = {
     "pages of 32 in blocks of 2": Case(page_size=32, pages_per_block=2, sink_tokens=32, budget=256),
     "pages of 64": Case(page_size=64, sink_tokens=0, budget=320, seq_lens=(700, 650)),
     "pages of 128": Case(page_size=128, sink_tokens=128, budget=640, seq_lens=(1500,)),
+    "a large pool": Case(**LARGE_POOL, head_first=False),
+    "a large pool, features": Case(**{**LARGE_POOL, "completion": "features"}, features=64),
     "share of the context": Case(budget=0.3, seq_lens=RAGGED),
     "selection only": Case(completion="none", seq_lens=RAGGED, statistics_bits=8),
     "too few slots": Case(slots=1, seq_lens=(300, 400)),

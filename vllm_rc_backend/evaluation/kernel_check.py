@@ -44,6 +44,7 @@ class Case:
         features: of a KV head, with the completion ``features``.
         chunk: tokens of each sequence that a step of the prefill adds.
         cache_slots: decode through a page cache of so many slots; None: without one.
+        other_blocks: of the pool, before those of the sequences.
     """
 
     seq_lens: tuple[int, ...] = (300,)
@@ -71,6 +72,7 @@ class Case:
     max_model_len: int = 512
     max_rows: int | None = None
     cache_slots: int | None = None
+    other_blocks: int = 0
     tuning: Tuning | None = None
 
     @property
@@ -125,15 +127,18 @@ class Runner:
         rows = len(case.seq_lens)
         size, d = geometry.block_size, case.head_size
         blocks_a_row = -(-(max(case.seq_lens) + steps) // size)
-        blocks = 1 + rows * blocks_a_row
+        first = 1 + case.other_blocks
+        blocks = first + rows * blocks_a_row
         kv_dtype = case.kv_dtype or case.dtype
 
         middle = (case.heads, size) if case.head_first else (size, case.heads)
-        storage = torch.full((blocks, *middle, 2 * d), torch.nan, dtype=torch.float32).to(kv_dtype)
-        self.kv_cache = storage.to(self.device)
+        self.kv_cache = torch.empty(blocks, *middle, 2 * d, dtype=kv_dtype, device=self.device)
+        nothing = torch.tensor(torch.nan).to(kv_dtype).to(self.device)
+        self.kv_cache[0] = nothing  # other blocks are not touched: on a CPU there is no memory behind them
+        self.kv_cache[first:] = nothing
         if not case.head_first:
             self.kv_cache = self.kv_cache.transpose(1, 2)
-        table = torch.randperm(blocks - 1)[: rows * blocks_a_row].view(rows, blocks_a_row) + 1
+        table = torch.randperm(rows * blocks_a_row).view(rows, blocks_a_row) + first
         self.block_table = table.to(torch.int32).to(self.device)
 
         length = max(case.seq_lens) + steps

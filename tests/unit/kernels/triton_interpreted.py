@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.kernels.cases import FEATURES, RUNS, SHARE
+from tests.unit.kernels.cases import FEATURES, LARGE_POOL, RUNS, SHARE
 from tests.unit.kernels.remember_check import check_remember
 from tests.unit.kernels.update_check import UPDATES, check_update
 from tests.unit.kernels.warm_up_check import WARM, check_warm_up
@@ -61,6 +61,7 @@ CASES = {
         1,
     ),
     "moba, mass from the scores": (Case(selection="moba", completion="paged", heads=1), 1),
+    "a large pool": (Case(**LARGE_POOL, group=2), 1),
     "runs, sum over the group, 5 query heads": (
         Case(**RUNS, group_rule="sum", completion="paged", group=5, heads=1),
         2,
