@@ -149,6 +149,7 @@ class Tuning:
     joint_columns: int = 16
     update_columns: int = 32
     update_programs: int = 3  # per multiprocessor
+    finish_elements: int = 4096  # of a page, that one warp holds
     absorb_programs: int = 2  # per multiprocessor
     absorb_elements: int = 8192  # of a summary, that a program sums up
     absorb_tokens: int = 512  # that it sums up at least
@@ -223,11 +224,15 @@ class Workspace:
             self.page_bytes = shape.block_d * statistics_bits // 8
         self.max_pages = max(max_model_len // geometry.page_size, 1)
         self.max_selected = most_retrieved_pages(geometry, max_model_len)
-        # Neighbours per maximum, so that the two levels of the selection have about equally much to look at.
+        # Neighbours per maximum, so that the two levels of the selection have about equally much to look at; they are
+        # scored together.
         self.neighbours = 1
-        while (
-            self.max_pages > tuning.select_few and self.neighbours**2 * self.max_selected * 2 < self.max_pages
-        ):
+        most = (
+            min(self.score_tile(joint) for joint in (False, True))
+            if self.max_pages > tuning.select_few
+            else 1
+        )
+        while self.neighbours < most and self.neighbours**2 * self.max_selected * 2 < self.max_pages:
             self.neighbours *= 2
         self.max_groups = -(-self.max_pages // self.neighbours)
 
@@ -382,6 +387,12 @@ class Workspace:
         """Programs that share out the columns of a summary in a prefill."""
         return -(-self.shape.head_size // self.absorb_columns)
 
+    @property
+    def finish_warps(self) -> int:
+        """Warps of a program that makes one page's statistics: one, unless they are rotated or registers are short."""
+        elements = self.shape.geometry.page_size * self.shape.block_d
+        return 4 if self.shape.query_map == "runs" or elements > self.tuning.finish_elements else 1
+
     def absorbers(self, rows: int) -> int:
         """Programs among which the pages of a (row, head, column tile) are shared out in a prefill."""
         lanes = rows * self.shape.heads * self.absorb_tiles
@@ -496,7 +507,7 @@ class TritonAttention:
             *kv.stride()[:3],
             block_table.stride(0),
             S=self.shape,
-            num_warps=4 if self.shape.query_map == "runs" else 1,
+            num_warps=self.workspace.finish_warps,
         )
         if plan is not None:
             self.absorb(kv, block_table, plan)

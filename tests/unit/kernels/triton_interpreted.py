@@ -62,6 +62,10 @@ CASES = {
     ),
     "moba, mass from the scores": (Case(selection="moba", completion="paged", heads=1), 1),
     "a large pool": (Case(**LARGE_POOL, group=2), 1),
+    "two levels, a budget of two pages": (
+        Case(head_size=256, heads=1, sink_tokens=0, budget=50, seq_lens=(900,), max_model_len=70_000),
+        1,
+    ),
     "runs, sum over the group, 5 query heads": (
         Case(**RUNS, group_rule="sum", completion="paged", group=5, heads=1),
         2,
