@@ -113,7 +113,7 @@ class RCTopKConfig:
     dense_layers: tuple[int, ...] = _option(
         (),
         "a list of layer indices",
-        "Layers that stay dense, by their index in the model.",
+        "Layers that stay dense, by their index in the model, from 0.",
     )
     summary_slots: int | None = _option(
         None,
@@ -158,7 +158,7 @@ class RCTopKConfig:
             or (self.budget >= 1 and self.budget != int(self.budget))
         ):
             raise OptionError("budget", self.budget, self._allowed("budget"))
-        if self.page_size not in (16, 32, 64, 128):
+        if type(self.page_size) is not int or self.page_size not in (16, 32, 64, 128):
             raise OptionError("page_size", self.page_size, self._allowed("page_size"))
         self._integer("sink_tokens", 0)
         if self.sink_tokens % self.page_size:
@@ -190,10 +190,12 @@ class RCTopKConfig:
                 self._allowed("features_file"),
                 f"completion is {self.estimator}.",
             )
-        bits = POLICIES[self.selection].statistics_bits
-        if self.statistics_bits is not None and self.statistics_bits not in bits:
+        bits = self.statistics_bits
+        if bits is not None and (
+            type(bits) is not int or bits not in POLICIES[self.selection].statistics_bits
+        ):
             hint = f"selection is {self.selection}."
-            raise OptionError("statistics_bits", self.statistics_bits, self._allowed("statistics_bits"), hint)
+            raise OptionError("statistics_bits", bits, self._allowed("statistics_bits"), hint)
         if KINDS[self.estimator].needs_mass and not POLICIES[self.selection].estimates_mass:
             raise OptionError(
                 "completion",
@@ -224,8 +226,13 @@ class RCTopKConfig:
         self._check_residency()
         if not isinstance(self.log_requests, bool):
             raise OptionError("log_requests", self.log_requests, self._allowed("log_requests"))
-        if not isinstance(self.log_interval, int | float) or not 0 <= self.log_interval < math.inf:
-            raise OptionError("log_interval", self.log_interval, self._allowed("log_interval"))
+        interval = self.log_interval
+        if (
+            isinstance(interval, bool)
+            or not isinstance(interval, int | float)
+            or not 0 <= interval < math.inf
+        ):
+            raise OptionError("log_interval", interval, self._allowed("log_interval"))
         if 1 <= self.budget < self.smallest_budget:
             raise OptionError(
                 "budget",
@@ -257,6 +264,17 @@ class RCTopKConfig:
                 self.dense_layers,
                 "[] with kv_residency=host",
                 "A dense layer would read its whole context from the host at every token.",
+            )
+
+    def check_layers(self, count: int) -> None:
+        """Hold ``dense_layers`` to a model of ``count`` layers.
+
+        Raises:
+            OptionError: one of them is not in the model.
+        """
+        if max(self.dense_layers, default=-1) >= count:
+            raise OptionError(
+                "dense_layers", list(self.dense_layers), f"layers 0 to {count - 1}, all that the model has"
             )
 
     @property

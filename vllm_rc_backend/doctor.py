@@ -31,12 +31,14 @@ class ModelFacts:
     """What memory and reads depend on, from a model's ``config.json``.
 
     Attributes:
+        depth: layers of all kinds.
         layers: attention layers with a KV cache over the whole context.
         windowed: layers with a sliding window, which stay dense.
         config: all of it, of the text model.
     """
 
     name: str
+    depth: int
     layers: int
     windowed: int
     heads: int
@@ -76,6 +78,7 @@ class ModelFacts:
         dtype = getattr(config, "dtype", None) or torch.bfloat16
         return cls(
             name=model,
+            depth=layers,
             layers=layers - windowed - recurrent,
             windowed=windowed,
             heads=heads,
@@ -232,15 +235,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     console = Console()
+    facts = None
     try:
         config = RCTopKConfig.from_mapping(json.loads(args.options))
+        if args.model:
+            facts = ModelFacts.read(args.model)
+            config.check_layers(facts.depth)
     except json.JSONDecodeError as error:
         console.print(f"[red]--options is not JSON:[/red] {error}")
+        return 1
+    except OSError as error:
+        console.print(f"[red]--model {args.model} cannot be read:[/red] {error}")
         return 1
     except (OptionError, ValueError) as error:
         console.print(f"[red]refused:[/red] {error}")
         return 1
-    facts = ModelFacts.read(args.model) if args.model else None
     for table in report(config, facts, args.kv_cache_bytes, args.tensor_parallel_size):
         console.print(table)
     for warning in warnings(config, facts, args.tensor_parallel_size):

@@ -289,8 +289,14 @@ class SparseImpl:
 
 
 def reserve(vllm_config: Any) -> None:
-    """Allocate the side stores of all sparse layers of this rank, before vLLM sizes its KV pool, and say so."""
+    """Allocate the side stores of all sparse layers of this rank, before vLLM sizes its KV pool, and say so.
+
+    Raises:
+        OptionError: ``dense_layers`` names a layer that the model does not have.
+    """
+    count = int(vllm_config.model_config.get_total_num_hidden_layers())
     for name, layer in own_layers(vllm_config).items():
+        layer.config.check_layers(count)
         layer.reserved = True
         layer.index = compat.layer_index(name)
         if layer.index in layer.config.dense_layers:

@@ -41,6 +41,7 @@ def start(options: dict[str, Any] | None = None, **kwargs: Any) -> None:
         ({"budget": 40}, ["budget", "40", "63 or more"]),
         ({"selection": "quest"}, ["selection", "quest", "box"]),
         ({"completion": "linaer"}, ["completion", "Did you mean linear"]),
+        ({"dense_layers": [0, 6]}, ["dense_layers", "[0, 6]", "layers 0 to 5"]),
         ({"kv_residency": "host"}, ["host_kv_gib", "None", "a number above 0"]),
         ({"page_size": 64, "sink_tokens": 0, "budget": 512}, ["page_size", "64", "--block-size 64"]),
     ],

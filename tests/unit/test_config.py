@@ -14,13 +14,13 @@ REFUSED = {
     "budget": [0, -1, 0.0, -0.5, 1.5, "2048", True, None, float("nan"), float("inf")],
     "sink_tokens": [-16, 8, 17, 16.0, "16", True],
     "tail_tokens": [0, -1, 64.0, None],
-    "page_size": [0, 8, 24, 256, "16"],
+    "page_size": [0, 8, 24, 256, 16.0, "16"],
     "selection": ["quest", "", None, "Box"],
     "selection_weight": [-0.1, 4.1, "1", True, float("nan")],
     "group_rule": ["min", None],
     "completion": ["linaer", 3],
     "features_file": ["maps.safetensors", 3, ""],
-    "statistics_bits": [4, 32, "8"],
+    "statistics_bits": [4, 32, 2.0, "8"],
     "dense_threshold": [-1, 0.5],
     "dense_layers": [[-1], [0.5], "0", 3, [True]],
     "summary_slots": [0, -1, 2.0],
@@ -28,7 +28,7 @@ REFUSED = {
     "host_kv_gib": [0, -1, "64", True, float("inf"), 64],
     "page_cache_gib": [-1, "4", True, float("nan"), 4],
     "log_requests": [1, "yes", None],
-    "log_interval": [-1, float("inf"), "10", None],
+    "log_interval": [-1, float("inf"), "10", True, None],
 }
 
 
@@ -41,6 +41,14 @@ def test_refusal_names_key_value_and_allowed(name: str, value: object) -> None:
     message = str(error.value)
     assert message.startswith(f"--additional-config.{KEY}.{name}: got {value!r}; allowed: ")
     assert re.search(r"allowed: \S+", message)
+
+
+def test_a_dense_layer_must_be_in_the_model() -> None:
+    config = RCTopKConfig(dense_layers=(0, 6))
+    config.check_layers(7)
+    RCTopKConfig().check_layers(1)
+    with pytest.raises(OptionError, match=r"dense_layers: got \[0, 6\]; allowed: layers 0 to 5"):
+        config.check_layers(6)
 
 
 def test_every_option_has_refusals_tested() -> None:
