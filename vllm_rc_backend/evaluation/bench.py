@@ -8,6 +8,7 @@ model's other layers would have pushed out.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -310,10 +311,7 @@ def measure(
     """
     layout = case.layout
     touched = bytes_read(layout, context, batch)
-    geometry = layout.geometry
-    room = pool.shape[0] // (batch * -(-(context + geometry.page_size) // geometry.block_size))
-    count = max(1, min(MOST_LAYERS, room, max(LEAST_LAYERS, -(-LAYER_BYTES // touched))))
-    layers = Layers(case, pool, context, batch, count, tuning or Tuning())
+    layers = Layers(case, pool, context, batch, layer_count(case, pool, context, batch), tuning or Tuning())
     usual_lengths, page_lengths = layers.lengths(layers.usual_len), layers.lengths(layers.page_len)
 
     first_lengths = layers.lengths(layers.first_len)
@@ -369,13 +367,27 @@ def measure(
         rebuild_us=rebuild_us,
         floor_us=touched / bandwidth * 1e6,
         bytes_read=touched,
-        layers=count,
+        layers=layers.count,
     )
 
 
-def make_pool(case: Case, tokens: int, device: torch.device) -> Tensor:
-    """A KV cache of random content: ``[blocks, heads, block_size, 2 * head_size]``."""
+def layer_count(case: Case, pool: Tensor, context: int, batch: int) -> int:
+    """Layers that a row of the table is timed with."""
+    geometry = case.geometry
+    room = pool.shape[0] // (batch * -(-(context + geometry.page_size) // geometry.block_size))
+    touched = bytes_read(case.layout, context, batch)
+    return max(1, min(MOST_LAYERS, room, max(LEAST_LAYERS, -(-LAYER_BYTES // touched))))
+
+
+def make_pool(case: Case, shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """A KV cache of random content: ``[blocks, heads, block_size, 2 * head_size]``. It has room for ``LEAST_LAYERS``
+    of each (context, batch) or takes 70 % of the memory that is free, side stores included."""
     size = case.geometry.block_size
+    tokens = LEAST_LAYERS * max((context + case.page_size) * batch for context, batch in shapes)
+    free = torch.cuda.mem_get_info(device)[0] * 0.7
+    tokens = min(
+        tokens, int(free / (case.layout.token_bytes + case.layout.statistics_bytes / case.page_size))
+    )
     middle = (case.heads, size) if case.head_first else (size, case.heads)
     pool = torch.empty((tokens // size + 2, *middle, 2 * case.head_size), dtype=case.dtype, device=device)
     for part in pool.split(1 << 14):
@@ -425,8 +437,22 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+def parse_row(text: str) -> tuple[int, int]:
+    """(context in tokens, batch) of a row's name, such as 32Kx8.
+
+    Raises:
+        argparse.ArgumentTypeError: another form.
+    """
+    found = re.fullmatch(r"([1-9]\d*)Kx([1-9]\d*)", text, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; allowed: tokens of context in Ki and sequences, such as 32Kx8"
+        )
+    return int(found[1]) * K, int(found[2])
+
+
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which layer is timed, and in which batches."""
     parser.add_argument("--query-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
@@ -451,36 +477,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layout", choices=("HND", "NHD"), default="NHD", help="order inside a KV block")
     parser.add_argument(
-        "--rows", nargs="*", metavar="CONTEXTxBATCH", help="such as 32Kx8; default: " + " ".join(_names())
+        "--rows",
+        nargs="+",
+        type=parse_row,
+        default=[(context * K, batch) for context, batch in TABLE],
+        metavar="CONTEXTxBATCH",
+        help="such as 32Kx8; default: " + " ".join(f"{context}Kx{batch}" for context, batch in TABLE),
     )
     parser.add_argument("--repeats", type=int, default=11)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_layer_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("docs/results/performance.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/results/decode.png"))
 
 
-def _names() -> list[str]:
-    return [f"{context}Kx{batch}" for context, batch in TABLE]
+def make_case(options: argparse.Namespace) -> Case:
+    """The layer that the options describe.
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``rc-topk bench``. Returns the exit status: 1 without a GPU or with a failed check."""
-    parser = argparse.ArgumentParser(prog="rc-topk bench", description=__doc__)
-    add_arguments(parser)
-    options = parser.parse_args(argv)
-    try:
-        check_group_rule(options.group_rule, make_policy(options.selection))
-    except ValueError as refusal:
-        parser.error(str(refusal))
-    if not torch.cuda.is_available():
-        print("rc-topk bench needs a CUDA device.", file=sys.stderr)
-        return 1
-    device = torch.device("cuda", torch.cuda.current_device())
-    case = Case(
+    Raises:
+        ValueError: there is no such layer, or the server would refuse the options.
+    """
+    if options.query_heads % options.kv_heads:
+        raise ValueError(
+            f"--query-heads {options.query_heads}; allowed: a multiple of --kv-heads {options.kv_heads}"
+        )
+    check_group_rule(options.group_rule, make_policy(options.selection))
+    sink_tokens = -(-RCTopKConfig.sink_tokens // options.page_size) * options.page_size
+    RCTopKConfig(options.budget, sink_tokens, page_size=options.page_size)
+    return Case(
         heads=options.kv_heads,
         group=options.query_heads // options.kv_heads,
         head_size=options.head_size,
         page_size=options.page_size,
-        sink_tokens=-(-RCTopKConfig.sink_tokens // options.page_size) * options.page_size,
+        sink_tokens=sink_tokens,
         tail_tokens=RCTopKConfig.tail_tokens,
         budget=options.budget,
         dense_threshold=options.dense_threshold,
@@ -491,8 +523,21 @@ def main(argv: list[str] | None = None) -> int:
         features=options.features,
         head_first=options.layout == "HND",
     )
-    wanted = [name.upper().split("KX") for name in options.rows or _names()]
-    shapes = [(int(context) * K, int(batch)) for context, batch in wanted]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``rc-topk bench``. Returns the exit status: 1 without a GPU or with a failed check."""
+    parser = argparse.ArgumentParser(prog="rc-topk bench", description=__doc__)
+    add_arguments(parser)
+    options = parser.parse_args(argv)
+    try:
+        case = make_case(options)
+    except ValueError as refusal:
+        parser.error(str(refusal))
+    if not torch.cuda.is_available():
+        print("rc-topk bench needs a CUDA device.", file=sys.stderr)
+        return 1
+    device, shapes = torch.device("cuda", torch.cuda.current_device()), options.rows
 
     torch.manual_seed(0)
     try:
@@ -509,10 +554,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Checked against the reference: relative error {error:.1e}.", file=sys.stderr)
 
     bandwidth = copy_bandwidth(device)
-    tokens = LEAST_LAYERS * max((context + case.page_size) * batch for context, batch in shapes)
-    free = torch.cuda.mem_get_info(device)[0] * 0.7
-    most = int(free / (case.layout.token_bytes + case.layout.statistics_bytes / case.page_size))
-    pool = make_pool(case, min(tokens, most), device)
+    pool = make_pool(case, shapes, device)
     rows = []
     for context, batch in shapes:
         if (context + case.page_size) * batch > pool.shape[0] * case.page_size:

@@ -77,3 +77,24 @@ def test_without_a_gpu_it_says_so(
 def test_the_table_holds_the_shapes_of_the_documentation() -> None:
     text = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
     assert all(f"| {context}K x {batch} |" in text for context, batch in TABLE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rows", "32x8"], "'32x8'; allowed: tokens of context in Ki"),
+        (["--rows", "0Kx8"], "'0Kx8'; allowed"),
+        (["--query-heads", "30"], "--query-heads 30; allowed: a multiple of --kv-heads 8"),
+        (["--budget", "20"], "budget: got 20.0; allowed: 63 or more"),
+        (["--page-size", "24"], "page_size: got 24; allowed: 16, 32, 64 or 128"),
+        (["--group-rule", "share", "--selection", "box"], "share"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_what_cannot_be_timed_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
