@@ -500,9 +500,9 @@ def make_case(options: argparse.Namespace) -> Case:
     Raises:
         ValueError: there is no such layer, or the server would refuse the options.
     """
-    if options.query_heads % options.kv_heads:
+    if options.kv_heads < 1 or options.query_heads < 1 or options.query_heads % options.kv_heads:
         raise ValueError(
-            f"--query-heads {options.query_heads}; allowed: a multiple of --kv-heads {options.kv_heads}"
+            f"--query-heads {options.query_heads}; allowed: a multiple of --kv-heads {options.kv_heads}, from 1 up"
         )
     check_group_rule(options.group_rule, make_policy(options.selection))
     sink_tokens = -(-RCTopKConfig.sink_tokens // options.page_size) * options.page_size

@@ -85,6 +85,7 @@ def test_the_table_holds_the_shapes_of_the_documentation() -> None:
         (["--rows", "32x8"], "'32x8'; allowed: tokens of context in Ki"),
         (["--rows", "0Kx8"], "'0Kx8'; allowed"),
         (["--query-heads", "30"], "--query-heads 30; allowed: a multiple of --kv-heads 8"),
+        (["--kv-heads", "0"], "--query-heads 32; allowed: a multiple of --kv-heads 0, from 1 up"),
         (["--budget", "20"], "budget: got 20.0; allowed: 63 or more"),
         (["--page-size", "24"], "page_size: got 24; allowed: 16, 32, 64 or 128"),
         (["--group-rule", "share", "--selection", "box"], "share"),
