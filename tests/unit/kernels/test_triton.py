@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,13 @@ def run(arguments: list[str], **environment: str) -> str:
 
 
 def test_interpreted_kernels_agree_with_the_reference() -> None:
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
-    run(arguments, TRITON_INTERPRET="1")
+    """The longest of all, so by two processes."""
+    plugin = ["-p", "no:cacheprovider", "-p", "tests.unit.kernels.every_other"]
+    arguments = ["-m", "pytest", "-q", *plugin, str(HERE / "triton_interpreted.py")]
+    with ThreadPoolExecutor(2) as pool:
+        halves = [pool.submit(run, arguments, TRITON_INTERPRET="1", EVERY_OTHER=str(i)) for i in range(2)]
+    for half in halves:
+        assert re.search(r"[1-9]\d* passed", half.result())
 
 
 def test_interpreted_top_k_agrees_with_a_sort() -> None:
