@@ -29,10 +29,11 @@ from vllm_rc_backend.evaluation.bench import (
     add_layer_arguments,
     capture,
     dense_step,
+    fitting,
     layer_count,
-    make_case,
     make_pool,
     time_calls,
+    usable_case,
 )
 from vllm_rc_backend.evaluation.environment import command_line, environment
 from vllm_rc_backend.evaluation.kernel_check import Case
@@ -134,18 +135,14 @@ def main(argv: list[str] | None = None) -> int:
         help="may be given several times",
     )
     options = parser.parse_args(argv)
-    try:
-        case = make_case(options)
-    except ValueError as refusal:
-        parser.error(str(refusal))
-    if not torch.cuda.is_available():
-        print("tools.compare_tunings needs a CUDA device.", file=sys.stderr)
+    case = usable_case(parser, options)
+    if case is None:
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     tunings = {SHIPPED: Tuning(), **dict(options.tuning)}
     pool = make_pool(case, options.rows, device)
     rows = {}
-    for context, batch in track(options.rows, description="Timing"):
+    for context, batch in track(fitting(case, pool, options.rows), description="Timing"):
         try:
             rows[f"{context // K}K x {batch}"] = compare(case, pool, context, batch, tunings, options.repeats)
         except AssertionError as failure:
@@ -153,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     console = Console()
     console.print(environment(device, command_line("python -m tools.compare_tunings", sys.argv[1:])))
-    console.print(make_table(rows))
+    if rows:
+        console.print(make_table(rows))
     return 0
 
 

@@ -227,13 +227,10 @@ class Workspace:
         # Neighbours per maximum, so that the two levels of the selection have about equally much to look at; they are
         # scored together.
         self.neighbours = 1
-        most = (
-            min(self.score_tile(joint) for joint in (False, True))
-            if self.max_pages > tuning.select_few
-            else 1
-        )
-        while self.neighbours < most and self.neighbours**2 * self.max_selected * 2 < self.max_pages:
-            self.neighbours *= 2
+        if self.max_pages > tuning.select_few:
+            most = min(self.score_tile(joint) for joint in (False, True))
+            while self.neighbours < most and self.neighbours**2 * self.max_selected * 2 < self.max_pages:
+                self.neighbours *= 2
         self.max_groups = -(-self.max_pages // self.neighbours)
 
         def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -291,7 +288,7 @@ class Workspace:
         looked at at a time, and whether that is all of a level."""
         tuning, group, keys = self.tuning, self.neighbours, self.max_pages
         # Two levels have fewer keys, one has fewer steps: better while each program has a multiprocessor for itself.
-        if self.max_pages <= tuning.select_most and self.attenders(rows) == tuning.most_splits:
+        if self.max_pages <= tuning.select_most and self.few(rows):
             group = 1
         if group > 1:
             keys = max(self.max_groups, self.max_selected * group)
@@ -350,8 +347,7 @@ class Workspace:
         """Tokens that a program attends to at a time."""
         tuning, elements = self.tuning, self.tuning.decode_elements
         if joint:
-            few = self.attenders(rows) == tuning.most_splits
-            elements = tuning.joint_few_elements if few else tuning.joint_elements
+            elements = tuning.joint_few_elements if self.few(rows) else tuning.joint_elements
             if self.shape.block_n > 8:
                 # The partial results of more heads need the room: all programs must fit at the same time.
                 elements //= 2
@@ -376,6 +372,10 @@ class Workspace:
         if joint:
             return min(self.processors * joint // lanes, tuning.most_splits)
         return max(1, min(-(-self.processors * tuning.decode_programs // lanes), tuning.most_splits))
+
+    def few(self, rows: int) -> bool:
+        """Whether each (row, head) has the most programs there can be: they then have multiprocessors to themselves."""
+        return self.attenders(rows) == self.tuning.most_splits
 
     @property
     def absorb_columns(self) -> int:

@@ -525,19 +525,38 @@ def make_case(options: argparse.Namespace) -> Case:
     )
 
 
+def usable_case(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Case | None:
+    """``make_case``; None, and a message, without a GPU. Options that are refused end the command as usual."""
+    try:
+        case = make_case(options)
+    except ValueError as refusal:
+        parser.error(str(refusal))
+    if torch.cuda.is_available():
+        return case
+    print(f"{parser.prog} needs a CUDA device.", file=sys.stderr)
+    return None
+
+
+def fitting(case: Case, pool: Tensor, shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those (context, batch) of which the pool holds a layer; a message for each other."""
+    fit = []
+    for context, batch in shapes:
+        if (context + case.page_size) * batch > pool.shape[0] * case.page_size:
+            print(f"{context // K}K x {batch} does not fit into this GPU's memory.", file=sys.stderr)
+        else:
+            fit.append((context, batch))
+    return fit
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rc-topk bench``. Returns the exit status: 1 without a GPU or with a failed check."""
     parser = argparse.ArgumentParser(prog="rc-topk bench", description=__doc__)
     add_arguments(parser)
     options = parser.parse_args(argv)
-    try:
-        case = make_case(options)
-    except ValueError as refusal:
-        parser.error(str(refusal))
-    if not torch.cuda.is_available():
-        print("rc-topk bench needs a CUDA device.", file=sys.stderr)
+    case = usable_case(parser, options)
+    if case is None:
         return 1
-    device, shapes = torch.device("cuda", torch.cuda.current_device()), options.rows
+    device = torch.device("cuda", torch.cuda.current_device())
 
     torch.manual_seed(0)
     try:
@@ -554,12 +573,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Checked against the reference: relative error {error:.1e}.", file=sys.stderr)
 
     bandwidth = copy_bandwidth(device)
-    pool = make_pool(case, shapes, device)
+    pool = make_pool(case, options.rows, device)
     rows = []
-    for context, batch in shapes:
-        if (context + case.page_size) * batch > pool.shape[0] * case.page_size:
-            print(f"{context // K}K x {batch} does not fit into this GPU's memory.", file=sys.stderr)
-            continue
+    for context, batch in fitting(case, pool, options.rows):
         try:
             rows.append(measure(case, pool, context, batch, bandwidth, options.repeats))
         except AssertionError as failure:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from vllm_rc_backend.evaluation.bench import TABLE, K, Row, bytes_read, main, markdown
+from vllm_rc_backend.evaluation.bench import TABLE, K, Row, bytes_read, fitting, main, markdown
 from vllm_rc_backend.evaluation.environment import update_results
 from vllm_rc_backend.evaluation.kernel_check import Case
 
@@ -99,3 +100,9 @@ def test_what_cannot_be_timed_is_refused(
         main(arguments)
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_rows_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    pool = torch.empty(3 * 8 * K // 16, 0)  # blocks of 16 tokens
+    assert fitting(LAYER, pool, [(8 * K, 2), (8 * K, 3), (4 * K, 1)]) == [(8 * K, 2), (4 * K, 1)]
+    assert capsys.readouterr().err == "8K x 3 does not fit into this GPU's memory.\n"
