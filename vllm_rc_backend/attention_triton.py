@@ -30,7 +30,6 @@ from vllm_rc_backend.kernels.triton.overlap import ARRIVAL
 from vllm_rc_backend.kernels.triton.page_cache import choose_kernel
 from vllm_rc_backend.kernels.triton.shape import Shape, next_power_of_2
 from vllm_rc_backend.kernels.triton.statistics import finish_pages_kernel
-from vllm_rc_backend.selection.runs import rotate
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 
 COUNTERS = (
@@ -104,12 +103,6 @@ def make_shape(layout: StoreLayout, group: int, group_rule: str) -> Shape:
         features=features,
         damping=layout.completion.damping,
     )
-
-
-def rotation_matrix(head_size: int, device: torch.device | str) -> Tensor:
-    """What ``kernels.triton.runs`` rotates each place of all bytes with: ones and minus ones (zeros between blocks),
-    bfloat16 ``[head_size / 4, head_size / 4]``."""
-    return rotate(torch.eye(head_size // 4)).sign().to(torch.bfloat16).to(device)
 
 
 def most_retrieved_pages(geometry: Geometry, max_model_len: int) -> int:
@@ -263,7 +256,6 @@ class Workspace:
         )
         self.arrivals = torch.zeros(3, max_rows, heads, ARRIVAL.value, dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
-        self.rotation = rotation_matrix(shape.head_size, device) if shape.query_map == "runs" else None
 
     @property
     def nbytes(self) -> int:
@@ -278,6 +270,7 @@ class Workspace:
             "SCORE_TILE": self.score_tile(joint),
             "MASSES": next_power_of_2(self.scorers(rows)),
             "TILE": self.decode_tile(rows, joint),
+            "PAGES": self.most_pages(rows),
             "MERGE": splits,
             "MERGE_ALL": splits >= self.attenders(rows),
             "COLS": columns,
@@ -352,6 +345,10 @@ class Workspace:
                 # The partial results of more heads need the room: all programs must fit at the same time.
                 elements //= 2
         return max(16, min(elements // self.shape.block_d, 128))
+
+    def most_pages(self, rows: int) -> int:
+        """Pages of which a program asks for the scores before it attends to them, if it can all of them."""
+        return max(16, min(next_power_of_2(-(-self.max_selected // self.attenders(rows)) + 1), 64))
 
     @property
     def features_tile(self) -> int:
@@ -502,7 +499,6 @@ class TritonAttention:
             query_start,
             self.store.codes,
             self.store.scales,
-            self.workspace.rotation,
             self.key_scale,
             *kv.stride()[:3],
             block_table.stride(0),
@@ -678,7 +674,6 @@ class TritonAttention:
             kv,
             None if pages is None else pages.content,
             None if pages is None else pages.group.reading,
-            work.rotation,
             self.store.codes,
             self.store.scales,
             self.store.states,
@@ -726,5 +721,7 @@ class TritonAttention:
     def _cache(self, kv_cache: Tensor) -> Tensor:
         if kv_cache.dtype == torch.uint8:  # how vLLM holds fp8
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
+        # The kernels count on it: neighbouring elements are read sixteen at a time.
         assert kv_cache.stride(-1) == 1
+        assert not any(stride % 16 for stride in kv_cache.stride()[:-1])
         return kv_cache

@@ -35,21 +35,33 @@ from vllm_rc_backend.kernels.triton.overlap import (
 from vllm_rc_backend.kernels.triton.page_cache import cached_rows
 from vllm_rc_backend.kernels.triton.paged import block_rows, page_of, token_blocks
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
+from vllm_rc_backend.kernels.triton.runs import hadamard, query_places
 from vllm_rc_backend.kernels.triton.score import score_pages
 from vllm_rc_backend.kernels.triton.statistics import finish_page
 
 
+@triton.constexpr_function
+def _piece(tile, page_size):
+    """Tokens of a tile that are looked up as one: neighbours in a page, whose address all threads find out. Where there
+    is a thread for every token each finds out one, which is quicker."""
+    return min(tile, page_size) if tile < 128 else 1
+
+
 @triton.jit
-def _places(chosen, start, end, n_retrieved, g: tl.constexpr, TILE: tl.constexpr):
-    """Places of the pages of positions ``[start, start + TILE)`` of the reading order (see ``_attend``)."""
-    j = start + tl.arange(0, TILE)
+def _pieces(start, TILE: tl.constexpr, PIECE: tl.constexpr):
+    """First positions of the pieces of ``[start, start + TILE)`` of the reading order (see ``_attend``)."""
+    return start + tl.arange(0, TILE // PIECE) * PIECE
+
+
+@triton.jit
+def _places(chosen, j, end, n_retrieved, g: tl.constexpr):
+    """Places of the pages of positions j."""
     return tl.load(chosen + j // g.page_size, mask=j < tl.minimum(end, n_retrieved), other=0)
 
 
 @triton.jit
-def _tokens(places, start, n_retrieved, resume, g: tl.constexpr, TILE: tl.constexpr):
-    """The sequence's tokens at positions ``[start, start + TILE)`` of the reading order."""
-    j = start + tl.arange(0, TILE)
+def _tokens(places, j, n_retrieved, resume, g: tl.constexpr):
+    """The sequence's tokens at positions j."""
     anchor = j - n_retrieved
     token = tl.where(anchor < g.sink_tokens, anchor, anchor - g.sink_tokens + resume)
     return tl.where(anchor < 0, places * g.page_size + g.sink_tokens + j % g.page_size, token)
@@ -79,7 +91,8 @@ def _attend(
     ``resume`` on. With the KV pages in host memory ``reading`` says where each page of this order is.
 
     Returns:
-        Output not normalised ``[block_m, block_d]``, maximum, sum and (retrieved tokens only) sum of scores, in base 2.
+        Output not normalised ``[block_m, block_d]``, maximum and sum of weights, and for ``linear`` the sum of the
+        retrieved tokens' scores; in base 2.
     """
     g: tl.constexpr = S.geometry
     M: tl.constexpr = S.block_m
@@ -93,20 +106,26 @@ def _attend(
     out = tl.zeros([M, D], tl.float32)
     if reading is None:
         # Where a tile is, is asked for a tile ahead, and for its pages two: each is a trip to the second-level cache.
-        tokens = _tokens(
-            _places(chosen, begin, end, n_retrieved, g, TILE), begin, n_retrieved, resume, g, TILE
-        )
-        blocks = token_blocks(block_table, tokens, begin + tl.arange(0, TILE) < end, g)
-        places = _places(chosen, begin + TILE, end, n_retrieved, g, TILE)
+        PIECE: tl.constexpr = _piece(TILE, g.page_size)
+        within = tl.arange(0, PIECE)[None, :] * stride_token
+        piece = _pieces(begin, TILE, PIECE)
+        tokens = _tokens(_places(chosen, piece, end, n_retrieved, g), piece, n_retrieved, resume, g)
+        blocks = token_blocks(block_table, tokens, piece < end, g)
+        places = _places(chosen, piece + TILE, end, n_retrieved, g)
     for start in range(begin, end, TILE):
         j = start + tl.arange(0, TILE)
         real = j < end
         retrieved = j < n_retrieved
         if reading is None:
-            at = kv + block_rows(blocks, tokens, stride_block, stride_token, g)[:, None] + cols[None, :]
-            tokens = _tokens(places, start + TILE, n_retrieved, resume, g, TILE)
-            blocks = token_blocks(block_table, tokens, j < end - TILE, g)
-            places = _places(chosen, start + 2 * TILE, end, n_retrieved, g, TILE)
+            rows = block_rows(blocks, tokens, stride_block, stride_token, g)
+            if PIECE > 1:
+                # Multiples as all strides are, which the compiler does not see through a change of shape.
+                rows = tl.multiple_of(tl.reshape(rows[:, None] + within, [TILE]), 16)
+            at = kv + rows[:, None] + cols[None, :]
+            piece = _pieces(start + TILE, TILE, PIECE)
+            tokens = _tokens(places, piece, n_retrieved, resume, g)
+            blocks = token_blocks(block_table, tokens, piece < end, g)
+            places = _places(chosen, piece + TILE, end, n_retrieved, g)
         else:
             at = cached_rows(kv, content, reading, j, real, stride_block, stride_token, S)
             at = at[:, None] + cols[None, :]
@@ -114,8 +133,9 @@ def _attend(
         keys = as_operand(tl.load(at, mask=mask, other=0.0))
         values = as_operand(tl.load(at + S.head_size, mask=mask, other=0.0))
         scores = dot(q, tl.trans(keys.to(q.dtype)), tl.zeros([M, TILE], tl.float32)) * scale
-        if S.first_order:
+        if S.completion == "linear":
             scores_sum += tl.sum(tl.where((retrieved & real)[None, :], scores, 0.0), 1)
+        if S.first_order:
             scores = tl.where(ones[:, None], tl.where(retrieved, 0.0, float("-inf"))[None, :], scores)
         scores = tl.where(real[None, :], scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1))
@@ -134,7 +154,6 @@ def decode_kernel(
     kv,
     content,
     reading,
-    rotation,
     codes,
     scales,
     states,
@@ -181,6 +200,7 @@ def decode_kernel(
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
     TILE: tl.constexpr,
+    PAGES: tl.constexpr,
     MERGE: tl.constexpr,
     MERGE_ALL: tl.constexpr,
     COLS: tl.constexpr,
@@ -195,7 +215,6 @@ def decode_kernel(
         kv: the cache ``[block, head, token, K then V]``.
         content, reading: with the KV pages in host memory the page cache, see ``page_cache.cached_rows``, and the pages
             are chosen already; otherwise None.
-        rotation: for ``runs``, see ``runs.query_parts``.
         codes, scales, states: the side store.
         slots: int32 ``[rows]``, the slot of each row's summary or -1.
         keys, maxima, head_scores: ``[rows, heads, max_pages or max_groups]`` scratch, see ``score.score_pages``; with
@@ -218,6 +237,14 @@ def decode_kernel(
         let_next_start(OVERLAP)
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens + row)
+    query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
+    matrix, places = None, None
+    if SCORES:
+        if S.query_map == "runs":
+            # Before it is known whether the row is sparse, so that the answers come together. The matrix first: the
+            # compiler waits for the query at once, and has made the matrix by then.
+            matrix = hadamard(S)
+            places = query_places(query, stride_query_head, S)
     sparse = is_sparse(seq_len, g)
     end_of_mid = mid_end(seq_len, g)
     pages = end_of_mid - g.sink_pages
@@ -225,9 +252,6 @@ def decode_kernel(
     resume = tl.where(sparse, end_of_mid * g.page_size, g.sink_tokens)
     n_mid = pages * g.page_size
     n_read = n_retrieved + g.sink_tokens + seq_len - resume
-    # Each split takes whole pages, as even as they come; splits without any do not take part.
-    share = tl.maximum(tl.cdiv(tl.cdiv(n_read, attenders), g.page_size), 1) * g.page_size
-    splits = tl.maximum(tl.cdiv(n_read, share), 1)
     slot = -1
     if S.completion != "none":
         slot = tl.where(sparse, tl.load(slots + row), -1)
@@ -243,7 +267,6 @@ def decode_kernel(
     chosen += lane * max_selected
     partial_out += lane * (attenders + 1) * R * D
     partial_stats += lane * (attenders + 1) * PARTIAL_STATS * R
-    query += row.to(tl.int64) * stride_row + head * S.group * stride_query_head
     block_table += row.to(tl.int64) * stride_table
     if reading is not None:
         reading += lane * max_read
@@ -254,7 +277,8 @@ def decode_kernel(
             score_pages(
                 query,
                 stride_query_head,
-                rotation,
+                matrix,
+                places,
                 codes,
                 scales,
                 block_table,
@@ -274,12 +298,17 @@ def decode_kernel(
             )
     wait_for_previous(OVERLAP)
     if ATTENDS:
+        # Each split takes whole pages, as even as they come; splits without any do not take part.
+        share = tl.maximum(tl.cdiv(tl.cdiv(n_read, attenders), g.page_size), 1) * g.page_size
+        splits = tl.maximum(tl.cdiv(n_read, share), 1)
         summarises = (slot >= 0) & (split == attenders)
         if SCORES:
             summarises = (slot >= 0) & (split == splits - 1)
             if sparse & (split < scorers):
                 tl.debug_barrier()  # all of this program's keys are written before it arrives
                 tl.atomic_add(scored, 1, sem="release")
+        # Now, since the compiler waits for it at once: later it would hold up the first keys.
+        q = _query_heads(query, stride_query_head, S)
         if S.first_order:
             if summarises:
                 _summarise(
@@ -321,8 +350,7 @@ def decode_kernel(
                         SINGLE,
                     )
                 _attend_split(
-                    query,
-                    stride_query_head,
+                    q,
                     kv + head.to(tl.int64) * stride_head,
                     content,
                     reading,
@@ -341,6 +369,7 @@ def decode_kernel(
                     partial_stats + split * PARTIAL_STATS * R,
                     S,
                     TILE,
+                    PAGES,
                 )
             arriving = splits
             if S.first_order and not SCORES:
@@ -396,7 +425,6 @@ def decode_kernel(
                 kv + head.to(tl.int64) * stride_head,
                 codes,
                 scales,
-                rotation,
                 page_of(block_table, seq_len // g.page_size - 1, seq_len > 0, g),
                 head,
                 key_scale,
@@ -425,21 +453,32 @@ def _summarise(query, stride_query_head, state, n_mid, scale, partial_out, parti
     cols = tl.arange(0, S.block_d)
     counted = heads <= S.group
     n = n_mid.to(tl.float32)
-    rows, q_K1 = tilt(query, stride_query_head, state, n, scale, S, 64)
+    rows, q_K1 = tilt(query, stride_query_head, state, n, scale, S)
     tl.store(
         partial_out + heads[:, None] * S.block_d + cols[None, :],
         rows,
         mask=counted[:, None] & (cols < S.head_size)[None, :],
     )
-    tl.store(partial_stats + heads, q_K1, mask=counted)
     if S.completion == "paged":
-        tl.store(partial_stats + S.merge_rows + heads, damping(rows, n, S), mask=counted)
+        tl.store(partial_stats + heads, damping(rows, n, S), mask=counted)
+    else:
+        tl.store(partial_stats + heads, q_K1, mask=counted)
+
+
+@triton.jit
+def _query_heads(query, stride_query_head, S: tl.constexpr):
+    """The query heads of a KV head: ``[block_m, block_d]``, zeros beyond."""
+    heads, cols = tl.arange(0, S.block_m), tl.arange(0, S.block_d)
+    return tl.load(
+        query + heads[:, None] * stride_query_head + cols[None, :],
+        mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
 def _attend_split(
-    query,
-    stride_query_head,
+    q,
     kv,
     content,
     reading,
@@ -458,6 +497,7 @@ def _attend_split(
     partial_stats,
     S: tl.constexpr,
     TILE: tl.constexpr,
+    PAGES: tl.constexpr,
 ):
     """Write the partial result of positions ``[begin, end)`` of the reading order; arguments as ``_attend``."""
     g: tl.constexpr = S.geometry
@@ -465,15 +505,10 @@ def _attend_split(
     heads = tl.arange(0, S.block_m)
     cols = tl.arange(0, S.block_d)
     counted = heads <= S.group
-    q = tl.load(
-        query + heads[:, None] * stride_query_head + cols[None, :],
-        mask=(heads < S.group)[:, None] & (cols < S.head_size)[None, :],
-        other=0.0,
-    )
     if S.completion == "paged":
         first, last = begin // g.page_size, tl.minimum(end, n_retrieved) // g.page_size
         # Asked for before the attention, needed after it.
-        scores = page_scores(chosen, head_scores, first, last, S)
+        scores = page_scores(chosen, head_scores, first, last, S, PAGES)
     out, m, total, scores_sum = _attend(
         q,
         kv,
@@ -498,8 +533,10 @@ def _attend_split(
     )
     tl.store(partial_stats + heads, m, mask=counted)
     tl.store(partial_stats + R + heads, total, mask=counted)
-    tl.store(partial_stats + 2 * R + heads, scores_sum, mask=counted)
+    if S.completion == "linear":
+        tl.store(partial_stats + 2 * R + heads, scores_sum, mask=counted)
     if S.completion == "paged":
-        m, total = retrieved_mass(scores, chosen, head_scores, first, last, S)
-        tl.store(partial_stats + 3 * R + heads, m, mask=counted)
-        tl.store(partial_stats + 4 * R + heads, total, mask=counted)
+        m, total = retrieved_mass(scores, chosen, head_scores, first, last, S, PAGES)
+        heads = tl.arange(0, R)
+        tl.store(partial_stats + 2 * R + heads, m)
+        tl.store(partial_stats + 3 * R + heads, total)

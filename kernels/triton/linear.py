@@ -1,6 +1,6 @@
 """The ``linear`` completion inside the decode kernel: twin of ``completion.Linear.residual``.
 
-It enters twice: ``tilt`` once per (row, head) beside the splits of the exact part, and ``residual`` in the merge.
+It enters twice: ``tilt`` once per (row, head) beside the splits of the exact part, and the residual in the merge.
 Scores and log-masses are in base 2 here.
 """
 
@@ -24,7 +24,7 @@ def state_vector(state, row, S: tl.constexpr):
 
 
 @triton.jit
-def tilt(query, stride_query_head, state, n, scale, S: tl.constexpr, CHUNK: tl.constexpr):
+def tilt(query, stride_query_head, state, n, scale, S: tl.constexpr):
     """What the summary says of a query before it is known what was retrieved.
 
     Args:
@@ -37,12 +37,18 @@ def tilt(query, stride_query_head, state, n, scale, S: tl.constexpr, CHUNK: tl.c
     """
     M: tl.constexpr = S.block_m
     D: tl.constexpr = S.block_d
+    CHUNK: tl.constexpr = min(D, 16384 // D)
     heads = tl.arange(0, M)
     cols = tl.arange(0, D)
     q_C = tl.zeros([M, D], tl.float32)
     q_K1 = tl.zeros([M], tl.float32)
+    # All of a chunk is asked for before anything is multiplied: each answer is a trip to memory.
+    V1 = state_vector(state, S.head_size + 1, S)
     for start in tl.static_range(0, D, CHUNK):
         rows = start + tl.arange(0, CHUNK)
+        at = state + S.head_size * S.head_size + rows
+        K1 = tl.load(at, mask=rows < S.head_size, other=0.0).to(tl.float32)
+        K1 += tl.load(at + S.state_rows * S.head_size, mask=rows < S.head_size, other=0.0).to(tl.float32)
         q = tl.load(
             query + heads[:, None] * stride_query_head + rows[None, :],
             mask=(heads < S.group)[:, None] & (rows < S.head_size)[None, :],
@@ -57,11 +63,7 @@ def tilt(query, stride_query_head, state, n, scale, S: tl.constexpr, CHUNK: tl.c
         q_C = dot(high, C, q_C)
         if query.dtype.element_ty != tl.bfloat16:
             q_C = dot((q - high.to(tl.float32)).to(tl.bfloat16), C, q_C)
-        at = state + S.head_size * S.head_size + rows
-        K1 = tl.load(at, mask=rows < S.head_size, other=0.0).to(tl.float32)
-        K1 += tl.load(at + S.state_rows * S.head_size, mask=rows < S.head_size, other=0.0).to(tl.float32)
         q_K1 += tl.sum(q * K1[None, :], 1)
-    V1 = state_vector(state, S.head_size + 1, S)
     mean_score = q_K1 * (scale / n)
     result = q_C * (scale / n) - mean_score[:, None] * (V1 / n)[None, :]
     return tl.where((heads == S.group)[:, None], V1[None, :], result), q_K1 * (scale * LOG2_E)
@@ -77,17 +79,27 @@ def damping(tilt_rows, n, S: tl.constexpr):
 
 
 @triton.jit
-def residual(tilt_rows, q_K1, retrieved_scores, retrieved_out, n, n_retrieved, S: tl.constexpr):
-    """Log-mass (base 2) and mean value of what was not read.
+def residual_log_mass(q_K1, retrieved_scores, n, n_retrieved):
+    """Log-mass (base 2) of what was not read, float32 ``[merge_rows]``.
 
     Args:
-        tilt_rows, q_K1: from ``tilt``, the first ``merge_rows`` rows.
+        q_K1: from ``tilt``, the first ``merge_rows`` rows.
         retrieved_scores: ``[merge_rows]``, sum of the retrieved tokens' scores in base 2.
-        retrieved_out: ``[merge_rows, block_d]``, the sum of their values in row ``group``.
         n, n_retrieved: tokens of the mid region, and of them retrieved (fewer).
+    """
+    n_U = (n - n_retrieved).to(tl.float32)
+    return tl.log2(n_U) + (q_K1 - retrieved_scores) / n_U
+
+
+@triton.jit
+def residual_value(tilt_rows, retrieved_out, n, n_retrieved, S: tl.constexpr):
+    """Mean value of what was not read, float32 ``[merge_rows, n]``.
+
+    Args:
+        tilt_rows: some columns of what ``tilt`` gives, the first ``merge_rows`` rows.
+        retrieved_out: the same columns, the sum of the retrieved tokens' values in row ``group``.
     """
     heads = tl.arange(0, S.merge_rows)
     n_U = (n - n_retrieved).to(tl.float32)
     values = tl.sum(tl.where((heads == S.group)[:, None], tilt_rows - retrieved_out, 0.0), 0)
-    log_mass = tl.log2(n_U) + (q_K1 - retrieved_scores) / n_U
-    return log_mass, tilt_rows + (values / n_U)[None, :]
+    return tilt_rows + (values / n_U)[None, :]

@@ -14,20 +14,26 @@ import triton.language as tl
 from vllm_rc_backend.kernels.reference.select import SHARE_WEIGHT
 
 SMALLEST_SHARE = tl.constexpr(1e-6)
-PAGES = tl.constexpr(16)
 WEIGHT = tl.constexpr(SHARE_WEIGHT)
 
 
 @triton.jit
-def page_scores(chosen, head_scores, first, last, S: tl.constexpr):
-    """Scores of the retrieved pages ``[first, first + PAGES)``, as far as they are before ``last``: float32
-    ``[block_m, PAGES]``.
+def add_masses(m, total, more_m, more_total):
+    """Maximum and sum of what two maxima and sums of powers of two are of: to reduce both at once."""
+    new_m = tl.maximum(m, more_m)
+    return new_m, total * tl.exp2(m - finite(new_m)) + more_total * tl.exp2(more_m - finite(new_m))
+
+
+@triton.jit
+def page_scores(chosen, head_scores, first, last, S: tl.constexpr, PAGES: tl.constexpr):
+    """Scores of the retrieved pages ``[first, first + PAGES)``, as far as they are before ``last``: float16
+    ``[merge_rows, PAGES]``.
 
     Args:
         chosen: int32, places in the mid region of the retrieved pages.
         head_scores: float16 ``[pages, group]``.
     """
-    heads = tl.arange(0, S.block_m)
+    heads = tl.arange(0, S.merge_rows)
     i = first + tl.arange(0, PAGES)
     place = tl.load(chosen + i, mask=i < last, other=0)
     # .cg: written by other programs of this launch, so the first-level cache may not answer.
@@ -36,22 +42,25 @@ def page_scores(chosen, head_scores, first, last, S: tl.constexpr):
         mask=(i < last)[None, :] & (heads < S.group)[:, None],
         other=float("-inf"),
         cache_modifier=".cg",
-    ).to(tl.float32)
+    )
 
 
 @triton.jit
-def retrieved_mass(scores, chosen, head_scores, first, last, S: tl.constexpr):
+def retrieved_mass(scores, chosen, head_scores, first, last, S: tl.constexpr, PAGES: tl.constexpr):
     """Maximum and sum of the scores of the retrieved pages ``[first, last)``, without the factor page_size: float32
-    ``[block_m]`` each. ``scores`` are those that ``page_scores`` gives first."""
-    m = tl.max(scores, 1)
-    total = tl.sum(tl.exp2(scores - finite(m)[:, None]), 1)
+    ``[merge_rows]`` each. ``scores`` are those that ``page_scores`` gives first."""
+    m, total = _mass(scores)
     for start in range(first + PAGES, last, PAGES):
-        scores = page_scores(chosen, head_scores, start, last, S)
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        weights = tl.exp2(scores - finite(new_m)[:, None])
-        total = total * tl.exp2(m - finite(new_m)) + tl.sum(weights, 1)
-        m = new_m
+        more_m, more = _mass(page_scores(chosen, head_scores, start, last, S, PAGES))
+        m, total = add_masses(m, total, more_m, more)
     return m, total
+
+
+@triton.jit
+def _mass(scores):
+    """Maximum and sum of each row."""
+    scores = scores.to(tl.float32)
+    return tl.reduce((scores, tl.where(scores == float("-inf"), 0.0, 1.0)), 1, add_masses)
 
 
 @triton.jit

@@ -7,11 +7,13 @@ the columns out once the last partial is there; otherwise the last to arrive doe
 import triton
 import triton.language as tl
 
-from vllm_rc_backend.kernels.triton.linear import residual
+from vllm_rc_backend.kernels.triton.linear import residual_log_mass, residual_value
 from vllm_rc_backend.kernels.triton.mass import finite, scored_masses, unread_log_mass
 
-PARTIAL_STATS = tl.constexpr(5)
-"""Rows of numbers beside a partial result: maximum, sum, sum of scores; of ``retrieved_mass`` maximum and sum."""
+PARTIAL_STATS = tl.constexpr(4)
+"""Rows of numbers beside a partial result: maximum and sum of weights; for ``linear`` the sum of scores, for ``paged``
+maximum and sum of ``mass.retrieved_mass``. Beside what the summary says: for ``paged`` its damping, for ``linear``
+q.K1, for ``features`` the log-mass."""
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def merge_columns(
         # Of ``features`` the row of ones has no residual.
         estimated = counted if S.first_order else heads < S.group
         summed = tl.where(estimated, slot, -1) >= 0
-        q_K1 = tl.load(
+        said = tl.load(
             partial_stats + attenders * PARTIAL_STATS * R + heads,
             mask=summed,
             other=0.0,
@@ -63,12 +65,7 @@ def merge_columns(
         )
     damping = S.damping
     if S.completion == "paged":
-        damping = tl.load(
-            partial_stats + (attenders * PARTIAL_STATS + 1) * R + heads,
-            mask=summed,
-            other=0.0,
-            cache_modifier=".cg",
-        )
+        damping = said
         scored_m, scored = scored_masses(masses, tl.where(slot >= 0, scorers, 0), S, MASSES, R)
     m = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
@@ -98,25 +95,21 @@ def merge_columns(
         tl.debug_barrier()  # or the compiler asks for these only when it has got what follows
         m_part = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
         total_part = tl.load(at + R, mask=there, other=0.0, cache_modifier=".cg")
-        if S.first_order:
-            scores_part = tl.load(at + 2 * R, mask=there, other=0.0, cache_modifier=".cg")
+        if S.completion == "linear":
+            scores_sum += tl.sum(tl.load(at + 2 * R, mask=there, other=0.0, cache_modifier=".cg"), 0)
         if S.completion == "paged":
-            mass_m_part = tl.load(at + 3 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
-            mass_part = tl.load(at + 4 * R, mask=there, other=0.0, cache_modifier=".cg")
+            mass_m_part = tl.load(at + 2 * R, mask=there, other=float("-inf"), cache_modifier=".cg")
+            mass_part = tl.load(at + 3 * R, mask=there, other=0.0, cache_modifier=".cg")
             # In one reduction what can be: each is a round through shared memory.
-            best, best_mass, scores_part = tl.reduce((m_part, mass_m_part, scores_part), 0, _largest_and_sum)
+            best, best_mass = tl.reduce((m_part, mass_m_part), 0, _largest)
             m, decay, weight = _rescaled(m, best, m_part)
             mass_m, mass_decay, mass_weight = _rescaled(mass_m, best_mass, mass_m_part)
             mass_part = _weighted(mass_part, mass_weight, there)
             total_part, mass_part = tl.reduce((_weighted(total_part, weight, there), mass_part), 0, _sums)
             mass = mass * mass_decay + mass_part
         else:
-            if S.first_order:
-                scores_part = tl.sum(scores_part, 0)
             m, decay, weight = _rescaled(m, tl.max(m_part, 0), m_part)
             total_part = tl.sum(_weighted(total_part, weight, there), 0)
-        if S.first_order:
-            scores_sum += scores_part
         total = total * decay + total_part
         o_part = _weighted(o_part, weight[:, :, None], there[:, :, None])
         o = o * decay[:, None] + tl.sum(o_part, 0)
@@ -124,11 +117,15 @@ def merge_columns(
         o = _divided(o, total)
     elif slot >= 0:
         if S.first_order:
-            log_mass, value = residual(rows, q_K1, scores_sum, o, n_mid, n_retrieved, S)
+            value = residual_value(rows, o, n_mid, n_retrieved, S)
         else:
-            log_mass, value = q_K1, rows  # as ``features.py`` left it
+            value = rows  # as ``features.py`` left it
         if S.completion == "paged":
             log_mass = unread_log_mass(scored_m, scored, mass_m, mass, S)
+        elif S.completion == "linear":
+            log_mass = residual_log_mass(said, scores_sum, n_mid, n_retrieved)
+        else:
+            log_mass = said
         if S.damping > 0:
             log_mass = damp(log_mass, m + tl.log2(total), damping)
         M_all = finite(tl.maximum(m, log_mass))
@@ -180,8 +177,8 @@ def _weighted(parts, weight, there):
 
 
 @triton.jit
-def _largest_and_sum(a, b, c, d, e, f):
-    return tl.maximum(a, d), tl.maximum(b, e), c + f
+def _largest(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit

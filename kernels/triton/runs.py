@@ -27,14 +27,25 @@ TOP_BIT = tl.constexpr(statistics.TOP_BIT)
 
 
 @triton.jit
-def _rotate(x, rotation, PLANES: tl.constexpr, S: tl.constexpr):
+def hadamard(S: tl.constexpr):
+    """Sylvester's Hadamard matrices along the diagonal, ones and minus ones: bfloat16 ``[block_q, block_q]``. Twin of
+    ``selection.runs.hadamard``; the sign is the parity of the bits that row and column have in common.
+
+    Made here, since memory would have to be asked for it.
+    """
+    ORDER: tl.constexpr = S.rotated // 4
+    i, j = tl.arange(0, S.block_q)[:, None], tl.arange(0, S.block_q)[None, :]
+    shared = i & j & (ORDER - 1)
+    shared ^= shared >> 4
+    shared ^= shared >> 2
+    shared ^= shared >> 1
+    return tl.where(i // ORDER == j // ORDER, 1.0 - 2.0 * (shared & 1), 0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def _rotate(x, matrix, PLANES: tl.constexpr):
     """The rotation of one place of all bytes, without its factor: the rows of ``x`` (float32 ``[block_q, n]``) to
     PLANES times 8 bits."""
-    i = tl.arange(0, S.block_q)
-    real = i < S.head_size // 4
-    matrix = tl.load(
-        rotation + i[:, None] * (S.head_size // 4) + i[None, :], mask=real[:, None] & real[None, :], other=0.0
-    )
     result = tl.zeros([x.shape[0], x.shape[1]], tl.float32)
     for _ in tl.static_range(PLANES):
         plane = x.to(tl.bfloat16)
@@ -44,62 +55,63 @@ def _rotate(x, rotation, PLANES: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _rotate_places(a, b, c, d, rotation, PLANES: tl.constexpr, S: tl.constexpr):
+def _rotate_places(a, b, c, d, matrix, PLANES: tl.constexpr):
     """Rotate vectors given by the elements 4 j, 4 j + 1, 4 j + 2 and 4 j + 3: a Hadamard matrix of order 4 over the
     places and one over j, whose product is that of the whole. The result is sqrt(rotated) times too large."""
     p, q, r, s = a + b, a - b, c + d, c - d
-    a = _rotate(p + r, rotation, PLANES, S)
-    b = _rotate(q + s, rotation, PLANES, S)
-    c = _rotate(p - r, rotation, PLANES, S)
-    d = _rotate(q - s, rotation, PLANES, S)
+    a = _rotate(p + r, matrix, PLANES)
+    b = _rotate(q + s, matrix, PLANES)
+    c = _rotate(p - r, matrix, PLANES)
+    d = _rotate(q - s, matrix, PLANES)
     return a, b, c, d
 
 
 @triton.jit
-def _query_place(query, stride_query_head, place: tl.constexpr, S: tl.constexpr):
-    """Elements 4 j + place of the query heads, repeated for every run of a row: float32 ``[block_q, columns]``."""
-    column, j = tl.arange(0, S.columns), tl.arange(0, S.block_q)
+def query_places(query, stride_query_head, S: tl.constexpr):
+    """Elements 4 j + place of the query heads, repeated for every run of a row: ``[block_q, columns, 4]``.
+
+    Args:
+        query: points to the first query head of the KV head.
+    """
+    Q: tl.constexpr = S.block_q  # Triton 3.6 takes no plain int in a shape
+    C: tl.constexpr = S.columns
+    j, column, place = tl.arange(0, Q), tl.arange(0, C), tl.arange(0, 4)
     head = column // S.runs_in_row
     return tl.load(
-        query + head[None, :] * stride_query_head + (4 * j + place)[:, None],
-        mask=(head < S.group)[None, :] & (j < S.head_size // 4)[:, None],
+        query + (head * stride_query_head)[None, :, None] + (4 * j[:, None] + place[None, :])[:, None, :],
+        mask=(head < S.group)[None, :, None] & (j < S.head_size // 4)[:, None, None],
         other=0.0,
-    ).to(tl.float32)
+    )
 
 
 @triton.jit
 def _along_diagonal(x, S: tl.constexpr):
-    """Each run's columns in the rows of that run, zeros elsewhere: int8 ``[columns, row_bytes]``, of which a matrix
-    instruction takes four in one register."""
+    """Each run's columns in the rows of that run, zeros elsewhere: int32 ``[columns, row_bytes]``."""
     RUNS: tl.constexpr = S.runs_in_row
     COLUMNS: tl.constexpr = S.columns
     ROW: tl.constexpr = S.row_bytes
     own = tl.arange(0, RUNS)[:, None] == (tl.arange(0, COLUMNS) % RUNS)[None, :]
-    return tl.trans(tl.reshape(tl.where(own[:, None, :], x[None, :, :], 0.0), [ROW, COLUMNS])).to(tl.int8)
+    return tl.trans(tl.reshape(tl.where(own[:, None, :], x[None, :, :], 0), [ROW, COLUMNS]))
 
 
 @triton.jit
-def query_parts(query, stride_query_head, rotation, S: tl.constexpr):
+def query_parts(matrix, places, S: tl.constexpr):
     """A query, rotated and rounded to bytes.
 
     Args:
-        query: points to the first query head of the KV head; unscaled.
-        rotation: bfloat16 ``[head_size / 4, head_size / 4]``, from ``attention_triton.rotation_matrix``.
+        matrix, places: from ``hadamard`` and ``query_places``, of an unscaled query.
 
     Returns:
         Four int8 ``[columns, row_bytes]``, for ``byte & 0x03``, ``byte & 0x0C``, ``byte & 0x30`` and the signed byte:
         16 times the sum of the first two plus that of the others is the product. Its factor, float32 ``[block_n]``, and
         what the sum starts from, int32 ``[columns]``: the bits of a float32 minus what the levels' origin adds.
     """
-    a, b, c, d = _rotate_places(
-        _query_place(query, stride_query_head, 0, S),
-        _query_place(query, stride_query_head, 1, S),
-        _query_place(query, stride_query_head, 2, S),
-        _query_place(query, stride_query_head, 3, S),
-        rotation,
-        2,
-        S,
-    )
+    Q: tl.constexpr = S.block_q  # Triton 3.6 takes no plain int in a shape
+    C: tl.constexpr = S.columns
+    even, odd = tl.split(tl.reshape(places.to(tl.float32), [Q, C, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    a, b, c, d = _rotate_places(a, b, c, d, matrix, 2)
     # A byte of levels is a + 4 b + 16 c + 64 (d - 2), and so the coefficients of a, b and c lack what the byte's adds.
     # Reduced once each, after the four parts have met element by element.
     d *= 0.25
@@ -116,7 +128,16 @@ def query_parts(query, stride_query_head, rotation, S: tl.constexpr):
     shift = tl.sum((24 * a + 96 * b) + (24 * c - 0.5 * d), 0).to(tl.int32)
     factor *= 1.0 / (16.0 * tl.sqrt(tl.full([], S.rotated, tl.float32)))
     factor = tl.max(tl.reshape(factor, [S.block_n, S.runs_in_row]), 1)  # the same for all runs
-    a, b, c, d = _along_diagonal(a, S), _along_diagonal(b, S), _along_diagonal(c, S), _along_diagonal(d, S)
+    # All four in one, which changes threads once.
+    parts = (a.to(tl.int32) & 0xFF) | (b.to(tl.int32) & 0xFF) << 8
+    parts |= (c.to(tl.int32) & 0xFF) << 16 | d.to(tl.int32) << 24
+    parts = _along_diagonal(parts, S)
+    a, b, c, d = (
+        parts.to(tl.int8),
+        (parts >> 8).to(tl.int8),
+        (parts >> 16).to(tl.int8),
+        (parts >> 24).to(tl.int8),
+    )
     return a, b, c, d, factor, -shift + ORIGIN_BITS
 
 
@@ -215,9 +236,7 @@ def _run_means(kv, page, place: tl.constexpr, key_scale, stride_block, stride_to
 
 
 @triton.jit
-def finish_runs(
-    kv, codes, scales, rotation, page, index, key_scale, stride_block, stride_token, S: tl.constexpr
-):
+def finish_runs(kv, codes, scales, page, index, key_scale, stride_block, stride_token, S: tl.constexpr):
     """Store the run means of one physical page of one head; arguments as ``finish_page``, ``index`` of its vectors."""
     a = _run_means(kv, page, 0, key_scale, stride_block, stride_token, S)
     b = _run_means(kv, page, 1, key_scale, stride_block, stride_token, S)
@@ -228,7 +247,7 @@ def finish_runs(
     rms = tl.maximum(tl.sqrt(square / S.head_size), SMALLEST_SCALE).to(tl.float16).to(tl.float32)
     run, j = tl.arange(0, 16), tl.arange(0, S.block_q)
     real = run < S.vectors
-    a, b, c, d = _rotate_places(a, b, c, d, rotation, 3, S)
+    a, b, c, d = _rotate_places(a, b, c, d, hadamard(S), 3)
     root = tl.sqrt(tl.full([], S.rotated, tl.float32))
     step = (rms * root)[None, :]
     along = _along(a, step) + _along(b, step) + _along(c, step) + _along(d, step)

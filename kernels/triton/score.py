@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.linear import LOG2_E
+from vllm_rc_backend.kernels.triton.mass import add_masses
 from vllm_rc_backend.kernels.triton.matmul import dot
 from vllm_rc_backend.kernels.triton.paged import page_of
 from vllm_rc_backend.kernels.triton.runs import query_parts, run_scores
@@ -96,7 +97,8 @@ def _page_order(x, TILE: tl.constexpr):
 def score_pages(
     query,
     stride_query_head,
-    rotation,
+    matrix,
+    places,
     codes,
     scales,
     block_table,
@@ -118,6 +120,7 @@ def score_pages(
 
     Args:
         query: points to the first query head of the KV head.
+        matrix, places: for ``runs``, from ``runs.hadamard`` and ``runs.query_places``; otherwise None.
         block_table: points to the row.
         keys, maxima, head_scores: point to the (row, head): int32 ``[pages]``, int32 ``[pages / GROUP]`` and float16
             ``[pages, group]`` out. With ``share`` there are no keys, and maxima are float16 ``[pages / GROUP, group]``.
@@ -131,7 +134,7 @@ def score_pages(
     member = heads < S.group
     next_page = _tile_pages(block_table, split * TILE, pages, g, TILE)  # underway while the query is rotated
     if S.query_map == "runs":
-        first, second, third, fourth, factor, begin = query_parts(query, stride_query_head, rotation, S)
+        first, second, third, fourth, factor, begin = query_parts(matrix, places, S)
         factor *= scale * LOG2_E
     else:
         q = tl.load(
@@ -159,8 +162,6 @@ def score_pages(
         i = start + tl.arange(0, TILE)
         real = tl.arange(0, TILE) < pages - start
         page = next_page
-        # Needed by the next tile only, and so no load waits for another within an iteration.
-        next_page = _tile_pages(block_table, start + step, pages, g, TILE)
         index = (page.to(tl.int64) * S.heads + head) * S.vectors
         if S.query_map == "runs":
             scores = run_scores(codes, scales, index, first, second, third, fourth, factor, begin, S, TILE)
@@ -172,6 +173,9 @@ def score_pages(
             if S.vectors == 2:
                 scores += _products(codes, index + 1, unit2, high2, low2, factor2, S)
             scores *= LOG2_E
+        # Needed by the next tile only, and so no load waits for another within an iteration. After the loads of this
+        # one: else the compiler keeps the old pages beside the new ones, and waits for these to move them.
+        next_page = _tile_pages(block_table, start + step, pages, g, TILE)
         scores = _page_order(scores, TILE)
         if not S.by_share:
             if S.group_rule == "mean":
@@ -211,6 +215,6 @@ def score_pages(
                     mask=(j * GROUP < pages)[:, None] & member[None, :],
                 )
     if S.keeps_scores:
-        largest = tl.max(m, 0)
-        tl.store(masses + heads, largest)
-        tl.store(masses + N + heads, tl.sum(total * tl.exp2(m - largest[None, :]), 0))
+        m, total = tl.reduce((m, total), 0, add_masses)
+        tl.store(masses + heads, m)
+        tl.store(masses + N + heads, total)

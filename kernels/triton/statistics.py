@@ -28,14 +28,12 @@ def _store_vector(x, codes, scales, index, S: tl.constexpr):
 
 
 @triton.jit
-def finish_page(
-    kv, codes, scales, rotation, page, head, key_scale, stride_block, stride_token, S: tl.constexpr
-):
+def finish_page(kv, codes, scales, page, head, key_scale, stride_block, stride_token, S: tl.constexpr):
     """Statistics of one physical page of one head; ``kv`` points to the head."""
     g: tl.constexpr = S.geometry
     index = (page.to(tl.int64) * S.heads + head) * S.vectors
     if S.query_map == "runs":
-        finish_runs(kv, codes, scales, rotation, page, index, key_scale, stride_block, stride_token, S)
+        finish_runs(kv, codes, scales, page, index, key_scale, stride_block, stride_token, S)
     else:
         cols = tl.arange(0, S.block_d)
         rows = page_rows(page, tl.arange(0, g.page_size), stride_block, stride_token, g)
@@ -61,7 +59,6 @@ def finish_pages_kernel(
     query_start,
     codes,
     scales,
-    rotation,
     key_scale,
     stride_block,
     stride_head,
@@ -81,7 +78,6 @@ def finish_pages_kernel(
             kv + head.to(tl.int64) * stride_head,
             codes,
             scales,
-            rotation,
             physical,
             head,
             key_scale,
