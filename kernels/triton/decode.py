@@ -22,7 +22,7 @@ from vllm_rc_backend.kernels.triton.choose import choose_pages
 from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.linear import LOG2_E, damping, tilt
 from vllm_rc_backend.kernels.triton.mass import finite, page_scores, retrieved_mass
-from vllm_rc_backend.kernels.triton.matmul import as_operand, dot
+from vllm_rc_backend.kernels.triton.matmul import INTERPRETED, as_operand, dot
 from vllm_rc_backend.kernels.triton.merge import PARTIAL_STATS, merge_columns
 from vllm_rc_backend.kernels.triton.overlap import (
     ARRIVAL,
@@ -47,10 +47,25 @@ def _piece(tile, page_size):
     return min(tile, page_size) if tile < 128 else 1
 
 
+ADD_NOTHING = tl.constexpr("""
+{
+    .reg .u32 nothing;
+    mov.u32 nothing, %lanemask_lt;
+    shr.u32 nothing, nothing, 31;
+    add.u32 $0, $1, nothing;
+}
+""")
+
+
 @triton.jit
 def _pieces(start, TILE: tl.constexpr, PIECE: tl.constexpr):
     """First positions of the pieces of ``[start, start + TILE)`` of the reading order (see ``_attend``)."""
-    return start + tl.arange(0, TILE // PIECE) * PIECE
+    j = start + tl.arange(0, TILE // PIECE) * PIECE
+    if PIECE > 1 and not INTERPRETED:
+        # What it knows to be the same in all threads the compiler moves to other registers as soon as it is asked for,
+        # and waits for it there.
+        j = tl.inline_asm_elementwise(ADD_NOTHING, "=r,r", [j], dtype=tl.int32, is_pure=True, pack=1)
+    return j
 
 
 @triton.jit
@@ -122,7 +137,7 @@ def _attend(
                 # Multiples as all strides are, which the compiler does not see through a change of shape.
                 rows = tl.multiple_of(tl.reshape(rows[:, None] + within, [TILE]), 16)
             at = kv + rows[:, None] + cols[None, :]
-            piece = _pieces(start + TILE, TILE, PIECE)
+            piece += TILE
             tokens = _tokens(places, piece, n_retrieved, resume, g)
             blocks = token_blocks(block_table, tokens, piece < end, g)
             places = _places(chosen, piece + TILE, end, n_retrieved, g)

@@ -158,7 +158,49 @@ def memory_launches() -> Iterator[Launch]:
     yield remember_kernel, (*arguments[:4], None, None, *arguments[6:]), {**tiles, "prefill": False}
 
 
-def resources(launch: Launch) -> dict[str, int | str]:
+LINE = re.compile(
+    r"^(\.L_\w+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*([^;]*);", re.MULTILINE
+)
+"""Of a disassembly a label, or an instruction and its operands."""
+
+
+def moved_loads(disassembly: str) -> list[str]:
+    """Instructions that move what a loop has just asked memory for to other registers, in loops with matrix products.
+
+    The next round needs it, this one waits for it: a compiler may do so if the old value is still in use, or if it
+    takes the new one to be the same in all threads.
+    """
+    labels: dict[str, int] = {}
+    code: list[tuple[str, str]] = []
+    moves = []
+    for label, op, operands in LINE.findall(disassembly):
+        if label:
+            labels[label] = len(code)
+            continue
+        code.append((op, operands))
+        target = re.search(r"\.L_\w+", operands) if op == "BRA" else None
+        loop = code[labels.get(target.group(), len(code)) :] if target else []
+        if not any("MMA" in instruction for instruction, _ in loop):
+            continue
+        asked: set[str] = set()
+        for instruction, arguments in loop:
+            registers = re.findall(r"\bU?R\d+\b", arguments)
+            if instruction.startswith("LDG."):
+                asked.add(registers[0])
+            elif instruction.startswith(("MOV", "IMAD.MOV", "R2UR")) and asked & set(registers[1:]):
+                moves.append(f"{instruction} {arguments}")
+            elif registers and not instruction.startswith("ST"):
+                asked.discard(registers[0])
+    return moves
+
+
+def tool(name: str, *arguments: str) -> str:
+    """What a tool that comes with Triton prints."""
+    path = Path(nvidia.__path__[0]) / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(launch: Launch) -> dict[str, int | str | list[str]]:
     """Compile and ask the binary."""
     kernel, args, options = launch
     names = kernel.arg_names
@@ -178,10 +220,8 @@ def resources(launch: Launch) -> dict[str, int | str]:
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
-        report = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        report = tool("cuobjdump", "-res-usage", file.name)
+        disassembly = tool("nvdisasm", "-c", file.name)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return {
         "kernel": kernel.__name__,
@@ -194,6 +234,7 @@ def resources(launch: Launch) -> dict[str, int | str]:
         "shared_bytes": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
         "most_registers": options.get("maxnreg"),
+        "moved_loads": moved_loads(disassembly),
     }
 
 
