@@ -11,8 +11,7 @@ import triton.language as tl
 
 from vllm_rc_backend.kernels.triton.linear import LOG2_E
 from vllm_rc_backend.kernels.triton.mass import add_masses
-from vllm_rc_backend.kernels.triton.matmul import dot
-from vllm_rc_backend.kernels.triton.paged import page_of
+from vllm_rc_backend.kernels.triton.matmul import INTERPRETED, dot
 from vllm_rc_backend.kernels.triton.runs import query_parts, run_scores
 from vllm_rc_backend.kernels.triton.topk import ordered_key
 
@@ -83,7 +82,33 @@ def _tile_pages(block_table, start, pages, g: tl.constexpr, TILE: tl.constexpr):
     """
     row = tl.arange(0, TILE)
     i = start + row // 16 * 16 + row % 8 * 2 + row % 16 // 8
-    return page_of(block_table, tl.minimum(i, pages - 1) + g.sink_pages, None, g)
+    page = tl.minimum(i, pages - 1) + g.sink_pages
+    return _constant(block_table + page // g.pages_per_block) * g.pages_per_block + page % g.pages_per_block
+
+
+@triton.jit
+def _constant(at):
+    """int32 numbers that do not change while the kernel runs. In a loop that is pipelined it stays where it is; a load
+    would be taken to where its answer is needed."""
+    if INTERPRETED:
+        result = tl.load(at)
+    else:
+        result = tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def _copy(x):
+    """An int32 as an instruction gives it: a loop that passes something on as it is is not pipelined."""
+    if INTERPRETED:
+        result = x
+    else:
+        result = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return result
 
 
 @triton.jit
@@ -132,7 +157,12 @@ def score_pages(
     heads = tl.arange(0, N)
     cols = tl.arange(0, S.block_d)
     member = heads < S.group
-    next_page = _tile_pages(block_table, split * TILE, pages, g, TILE)  # underway while the query is rotated
+    step = splits * TILE
+    # Of three tiles, underway while the query is rotated. Asked for one tile ahead only, the answer may be waited for
+    # at the start of the next round by an instruction that the compiler has put there.
+    page = _tile_pages(block_table, split * TILE, pages, g, TILE)
+    page_1 = _tile_pages(block_table, split * TILE + step, pages, g, TILE)
+    page_2 = _tile_pages(block_table, split * TILE + 2 * step, pages, g, TILE)
     if S.query_map == "runs":
         first, second, third, fourth, factor, begin = query_parts(matrix, places, S)
         factor *= scale * LOG2_E
@@ -156,12 +186,10 @@ def score_pages(
         row, is_top = tl.arange(0, TILE)[:, None], tl.arange(0, 2)[None, :] == 1
         key_at = tl.where(is_top, maxima + row // GROUP, keys + row)
         is_first = (row % GROUP == 0) | (is_top == 0)
-    step = splits * TILE
     # num_stages on the loop: also the loads that feed no matrix product are issued ahead.
     for start in tl.range(split * TILE, pages, step, num_stages=STAGES):
         i = start + tl.arange(0, TILE)
         real = tl.arange(0, TILE) < pages - start
-        page = next_page
         index = (page.to(tl.int64) * S.heads + head) * S.vectors
         if S.query_map == "runs":
             scores = run_scores(codes, scales, index, first, second, third, fourth, factor, begin, S, TILE)
@@ -173,9 +201,9 @@ def score_pages(
             if S.vectors == 2:
                 scores += _products(codes, index + 1, unit2, high2, low2, factor2, S)
             scores *= LOG2_E
-        # Needed by the next tile only, and so no load waits for another within an iteration. After the loads of this
-        # one: else the compiler keeps the old pages beside the new ones, and waits for these to move them.
-        next_page = _tile_pages(block_table, start + step, pages, g, TILE)
+        page = _copy(page_1)
+        page_1 = _copy(page_2)
+        page_2 = _tile_pages(block_table, start + 3 * step, pages, g, TILE)
         scores = _page_order(scores, TILE)
         if not S.by_share:
             if S.group_rule == "mean":

@@ -159,39 +159,35 @@ def memory_launches() -> Iterator[Launch]:
 
 
 LINE = re.compile(
-    r"^(\.L_\w+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*([^;]*);", re.MULTILINE
+    r"^(\.L_\w+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*([^;]*);.*\n.*/\* 0x([0-9a-f]{16}) \*/",
+    re.MULTILINE,
 )
-"""Of a disassembly a label, or an instruction and its operands."""
+"""Of a disassembly a label, or an instruction, its operands, and the upper half of its code."""
 
 
-def moved_loads(disassembly: str) -> list[str]:
-    """Instructions that move what a loop has just asked memory for to other registers, in loops with matrix products.
+def shortest_wait(disassembly: str) -> int | None:
+    """In loops with products of integers: instructions from a load to the first that waits for its answer, at least.
 
-    The next round needs it, this one waits for it: a compiler may do so if the old value is still in use, or if it
-    takes the new one to be the same in all threads.
+    Few of them, and the loop waits for memory in each round. An instruction's code names the counter (of six) that says
+    whether a load's answer is there, in bits 46 to 48 of its upper half, and in bits 52 to 57 those it waits for.
     """
     labels: dict[str, int] = {}
-    code: list[tuple[str, str]] = []
-    moves = []
-    for label, op, operands in LINE.findall(disassembly):
+    code: list[tuple[str, int, int]] = []
+    shortest = []
+    for label, op, operands, upper in LINE.findall(disassembly):
         if label:
             labels[label] = len(code)
             continue
-        code.append((op, operands))
+        code.append((op, int(upper, 16) >> 46 & 7, int(upper, 16) >> 52 & 63))
         target = re.search(r"\.L_\w+", operands) if op == "BRA" else None
         loop = code[labels.get(target.group(), len(code)) :] if target else []
-        if not any("MMA" in instruction for instruction, _ in loop):
+        if not any(op.startswith(("IMMA", "IGMMA")) for op, _, _ in loop):
             continue
-        asked: set[str] = set()
-        for instruction, arguments in loop:
-            registers = re.findall(r"\bU?R\d+\b", arguments)
-            if instruction.startswith("LDG."):
-                asked.add(registers[0])
-            elif instruction.startswith(("MOV", "IMAD.MOV", "R2UR")) and asked & set(registers[1:]):
-                moves.append(f"{instruction} {arguments}")
-            elif registers and not instruction.startswith("ST"):
-                asked.discard(registers[0])
-    return moves
+        for i, (op, counter, _) in enumerate(loop):
+            if op.startswith("LDG."):
+                after = loop[i + 1 :] + loop[: i + 1]
+                shortest.append(next(n for n, (_, _, waits) in enumerate(after, 1) if waits >> counter & 1))
+    return min(shortest, default=None)
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -200,7 +196,7 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def resources(launch: Launch) -> dict[str, int | str | list[str]]:
+def resources(launch: Launch) -> dict[str, int | str | None]:
     """Compile and ask the binary."""
     kernel, args, options = launch
     names = kernel.arg_names
@@ -221,7 +217,7 @@ def resources(launch: Launch) -> dict[str, int | str | list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         report = tool("cuobjdump", "-res-usage", file.name)
-        disassembly = tool("nvdisasm", "-c", file.name)
+        disassembly = tool("nvdisasm", "-c", "-hex", file.name)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return {
         "kernel": kernel.__name__,
@@ -234,7 +230,7 @@ def resources(launch: Launch) -> dict[str, int | str | list[str]]:
         "shared_bytes": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
         "most_registers": options.get("maxnreg"),
-        "moved_loads": moved_loads(disassembly),
+        "shortest_wait": shortest_wait(disassembly),
     }
 
 
