@@ -62,7 +62,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         assert variant["local_bytes"] == 0, f"{variant} spills registers"
         assert variant["shared_bytes"] <= 227 * 1024, f"{variant} does not fit"
         if variant["shortest_wait"] is not None:
-            assert variant["shortest_wait"] >= 100, f"{variant} waits for memory in each round of scoring"
+            assert variant["shortest_wait"] >= 50, f"{variant} waits for memory in each round of scoring"
         # Two programs per multiprocessor at least, or nothing hides the memory's latency.
         assert variant["registers"] * variant["threads"] * 2 <= 65536, (
             f"{variant} leaves no room for a second"
