@@ -21,6 +21,7 @@ from vllm_rc_backend.kernels import reference
 from vllm_rc_backend.kernels.geometry import Geometry
 from vllm_rc_backend.kernels.reference import PagedKV, SummaryPlan, SummaryTags
 from vllm_rc_backend.selection import make_policy
+from vllm_rc_backend.selection.runs import rotate
 from vllm_rc_backend.side_store import SideStore, StoreLayout
 from vllm_rc_backend.summaries_triton import SummaryPlanner, SummaryUpdater
 
@@ -396,8 +397,13 @@ def compare_selection(
     places = attention.workspace.chosen[row, :, :count].long()
     assert bool(((places >= 0) & (places < len(ids))).all()), f"row {row}: pages outside the mid region"
     assert bool((places.diff(dim=-1) > 0).all()), f"row {row}: pages repeat or are out of order"
-    # Errors are those of the heads' scores, whatever the rule takes off them. With runs: 6 to 8 bits of query.
+    # Errors are those of the heads' scores, whatever the rule takes off them.
     slack = (5e-2 if case.selection == "runs" else 2e-3) * head_scores.abs().amax((-1, -2))
+    if case.selection == "runs":
+        # The rotated query is rounded to bytes, by a share of its largest element, which long vectors make more than
+        # that where scores are small: simulated, once in 30,000 choices. This was 0.0195 at most in 720,000.
+        longest = page_statistics.norm(dim=-1).amax((-1, -2))
+        slack = torch.maximum(slack, 0.025 * rotate(query).abs().amax((-1, -2)) * longest)
     _compare_choice(scores, places, slack, f"row {row}")
     if attention.shape.by_share:
         kept = attention.workspace.head_scores[row, :, : len(ids)].float().transpose(1, 2) * math.log(2)
