@@ -306,11 +306,8 @@ def contradictions(server: Server, sparse: bool) -> list[str]:
         "requests are still waiting": server.metric("vllm:num_requests_waiting") == 0,
     }
     if sparse:
-        time.sleep(2.5)  # workers write once a second
-        held, read, rows, missing = (
-            server.metric(f"vllm_rc_topk_{name}_total")
-            for name in ("tokens_held", "tokens_read", "sparse_rows", "missing_summaries")
-        )
+        names = ("tokens_held", "tokens_read", "sparse_rows", "missing_summaries")
+        held, read, rows, missing = server.settled(*(f"vllm_rc_topk_{name}_total" for name in names))
         claims |= {
             f"read {read} of {held} tokens": 0 < read < held,
             f"{rows} sparse rows": rows > 0,

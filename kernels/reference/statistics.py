@@ -79,7 +79,7 @@ def decode_statistics(codes: Tensor, scales: Tensor | None) -> Tensor:
 def round_query(rotated: Tensor) -> Tensor:
     """A query as it is multiplied with statistics of 2 bits: each product with a byte is one of four signed bytes.
 
-    A stored byte is a + 4 b + 16 c + 64 d of four neighbouring levels. The coefficient of d multiplies all of it, and so
+    A stored byte is a + 4 b + 16 c + 64 d of four neighbouring levels. The coefficient of d multiplies all of it, and
     those of the others are rounded after what it gives them has been taken off.
 
     Args:

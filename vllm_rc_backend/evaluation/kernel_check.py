@@ -237,7 +237,7 @@ class Runner:
     def extend(self, seq_lens: list[int], query_lens: list[int]) -> None:
         """One step of a prefill; compares the page statistics, and the summaries that its rows were given."""
         plan = self.run_prefill(seq_lens, query_lens)
-        self._finish(seq_lens, query_lens)
+        self.finish(seq_lens, query_lens)
         self._compare_statistics()
         if plan is None:
             return
@@ -289,7 +289,7 @@ class Runner:
             AssertionError: what differs and by how much.
         """
         case, geometry, counts = self.case, self.case.geometry, self.expected_counts
-        self._finish(seq_lens, [min(n, 1) for n in seq_lens])
+        self.finish(seq_lens, [min(n, 1) for n in seq_lens])
         self._count_built()
         self._compare_statistics()
         errors = [0.0]
@@ -332,7 +332,8 @@ class Runner:
         if self.planner is not None:
             self.expected_counts["summaries_built"] += int(self.planner.current.built.sum())
 
-    def _finish(self, seq_lens: list[int], query_lens: list[int]) -> None:
+    def finish(self, seq_lens: list[int], query_lens: list[int]) -> None:
+        """The reference's statistics of the pages that a step has finished."""
         twin, policy = self.twin, self.twin.layout.policy
         reference.finish_pages(
             self.kv, self.block_table, seq_lens, query_lens, policy, twin.codes, twin.scales
