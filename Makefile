@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # Engine tests with targets of their own, so that make test stays below half an hour on two cores.
 APART := tests/engine/test_ray.py tests/engine/test_rat_plus.py
-PAGES := options_page supported_page memory_comparison dashboard
+PAGES := options_page supported_page memory_comparison dashboard prometheus_rule
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
@@ -74,7 +74,7 @@ lint: venv ## style and likely mistakes
 types: venv ## mypy, strict
 	$(BIN)/mypy
 
-docs: venv ## rewrite what is generated: docs/options.md, docs/supported.md, docs/exponential-memory.md and the Grafana dashboard
+docs: venv ## rewrite what is generated: docs/options.md, docs/supported.md, docs/exponential-memory.md, the Grafana dashboard, the operator's alert rules
 	@for page in $(PAGES); do $(BIN)/python -m tools.$$page || exit 1; done
 
 docs-check: venv ## fail if those are not what `make docs` writes

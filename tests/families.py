@@ -73,6 +73,20 @@ FAMILIES = (
         (False, True),
         "layers with a window stay dense, the others decode sparsely",
     ),
+    Family(
+        "Llama 4",
+        {
+            "architectures": ["Llama4ForCausalLM"],
+            "model_type": "llama4_text",
+            "intermediate_size_mlp": 256,
+            "interleave_moe_layer_step": 3,  # of two layers none
+            "num_local_experts": 1,
+            "attention_chunk_size": 128,
+            "no_rope_layers": [1, 0],
+        },
+        (False, True),
+        "layers that attend in chunks stay dense, the others decode sparsely",
+    ),
 )
 
 GPT_OSS = {

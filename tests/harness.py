@@ -198,6 +198,13 @@ def prefix_hits(llm: Any, prompt: Prompt) -> list[Any]:
     return run(llm, [(40 * i, f"p{i}", {"prompt_token_ids": p}, greedy()) for i, p in enumerate(prompts)], {})
 
 
+def prefilled_together(llm: Any, prompt: Prompt) -> list[Any]:
+    """Prompts that share blocks which another one's prefill fills in the same step, all their tokens but one."""
+    base = prompt(460, 11)["prompt_token_ids"]
+    prompts = [base, base[:385], base[:385], base[:257]]  # whole blocks of 16 or 128, and one token
+    return run(llm, [(0, f"s{i}", {"prompt_token_ids": p}, greedy()) for i, p in enumerate(prompts)], {})
+
+
 def turns(llm: Any, prompt: Prompt) -> list[Any]:
     """A chat of three turns: each prompt is the one before, its answer, and more."""
     history, outputs = prompt(600)["prompt_token_ids"], []
@@ -222,4 +229,4 @@ def aborted(llm: Any, prompt: Prompt) -> list[Any]:
     return run(llm, arrivals, {"a01": 5, "a04": 1, "a06": 20})
 
 
-SCENARIOS = [ragged, prefix_hits, turns, shared_then_parted, aborted]
+SCENARIOS = [ragged, prefix_hits, prefilled_together, turns, shared_then_parted, aborted]

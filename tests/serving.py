@@ -24,7 +24,7 @@ T = TypeVar("T")
 MODEL = str(Path(__file__).parents[1] / "examples" / "model")
 
 
-def eventually(look: Callable[[], T], seconds: float = 10) -> T:
+def eventually(look: Callable[[], T], seconds: float = 60) -> T:
     """What ``look`` gives once that counts as true, or at the end of this time."""
     deadline = time.monotonic() + seconds
     while not (found := look()) and time.monotonic() < deadline:
@@ -70,7 +70,7 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait(self, seconds: int = 240) -> bool:
+    def wait(self, seconds: int = 600) -> bool:
         """Until it is healthy (True) or has ended (False)."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -84,14 +84,14 @@ class Server:
     def healthy(self) -> bool:
         """What its health check says."""
         try:
-            with urllib.request.urlopen(self.url + "/health", timeout=5) as answer:
+            with urllib.request.urlopen(self.url + "/health", timeout=30) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
 
     def metrics(self, name: str) -> list[float]:
         """The values of a metric on /metrics, one for each set of labels."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(self.url + "/metrics", timeout=60) as answer:
             text = answer.read().decode()
         return [float(x) for x in re.findall(rf"^{name}(?:{{.*}})? ([0-9.e+]+)$", text, re.MULTILINE)]
 
@@ -102,13 +102,22 @@ class Server:
         return found[0]
 
     def metric_when(self, name: str, least: float) -> float:
-        """A counter once it has reached ``least``, or what it has reached by then.
-
-        Workers write once a second: one more write shows what was counted too much.
-        """
+        """A counter once it has reached ``least``, or what it has reached by then; one more write of the workers shows
+        what was counted too much."""
         eventually(lambda: self.metric(name) >= least)
-        time.sleep(1.5)
-        return self.metric(name)
+        return self.settled(name)[0]
+
+    def settled(self, *names: str) -> list[float]:
+        """Counters of a server that does nothing, once no write of the workers changes them, who write once a second.
+
+        A busy machine may write later: so two readings that agree.
+        """
+        values = [self.metric(name) for name in names]
+        while True:
+            time.sleep(2.5)
+            before, values = values, [self.metric(name) for name in names]
+            if values == before:
+                return values
 
     def logged(self, pattern: str) -> re.Match[str]:
         """The first match in its log, once there is one."""
@@ -119,7 +128,7 @@ class Server:
     @property
     def client(self) -> openai.OpenAI:
         """A client of this server."""
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=120, max_retries=0)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=600, max_retries=0)
 
     def stop(self) -> None:
         """Stop it and everything it started."""

@@ -1,13 +1,15 @@
 """Many clients of every kind against a live ``vllm serve`` with rc_topk on the CPU, for as long as asked.
 
 Fails if a client sees an error, if the server's memory grows after warm-up, if an answer after the load differs from
-the one before it, or if the counters contradict each other. ``tests/engine/test_soak.py`` runs a short form of it.
+the one before it, or if the counters contradict each other. ``tests/engine/test_soak.py`` runs a short form of it, too
+short to judge memory by.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import re
@@ -18,7 +20,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import httpx
@@ -42,12 +44,24 @@ ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 CONTEXT = 1600
 """Longest prompt, in tokens."""
 
-WARM_UP = 0.4
-"""Share of the run after which memory must not grow: by then the KV pool, the side store and the allocators' free
-lists have been touched."""
+WARM_UP = 1000
+"""Requests after which memory must not grow: by then the KV pool, the side store and the allocators' free lists have
+been touched. Requests, not seconds: a machine with other work on it takes several times as long to get there."""
+SAMPLES = 60
+"""What growth is judged by, at least."""
 GROWTH, FLOOR = 0.02, 24 << 20
-"""Growth allowed from the first third of the time after warm-up to its last third, median to median: 2 %, or 24 MiB
+"""Growth allowed from the first third of the samples after warm-up to the last third, median to median: 2 %, or 24 MiB
 where that is more. Allocators keep what a burst took, so single samples say nothing; a leak moves the median."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look at the server."""
+
+    requests: int
+    """Finished until then."""
+    resident: dict[str, int]
+    """Bytes of each of its processes."""
 
 
 @dataclass
@@ -58,13 +72,19 @@ class Record:
     errors: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     preemptions: int = 0
-    memory: list[dict[str, int]] = field(default_factory=list)
-    """Resident bytes of each of the server's processes, once a second."""
+    memory: list[Sample] = field(default_factory=list)
+    """Once a second."""
 
     @property
     def sums(self) -> list[int]:
-        """Resident bytes of all of them together."""
-        return [sum(sample.values()) for sample in self.memory]
+        """Resident bytes of all processes together."""
+        return [sum(sample.resident.values()) for sample in self.memory]
+
+    @property
+    def warm(self) -> list[dict[str, int]]:
+        """The samples after warm-up that growth is judged by; none where they are too few for that."""
+        samples = [sample.resident for sample in self.memory if sample.requests >= WARM_UP]
+        return samples if len(samples) >= SAMPLES else []
 
 
 class Clients:
@@ -202,14 +222,18 @@ class Clients:
 
 def resident(server: Server) -> dict[str, int]:
     """Resident bytes of the server and its engine processes."""
-    root = psutil.Process(server.process.pid)
-    return {f"{p.name()} {p.pid}": p.memory_info().rss for p in (root, *root.children(recursive=True))}
+    root, sizes = psutil.Process(server.process.pid), {}
+    for process in (root, *root.children(recursive=True)):
+        # A compiler that the engine ran may have ended since its parent was asked for its children.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes[f"{process.name()} {process.pid}"] = process.memory_info().rss
+    return sizes
 
 
 async def watch(server: Server, record: Record) -> None:
     """Sample memory once a second until cancelled."""
     while True:
-        record.memory.append(resident(server))
+        record.memory.append(Sample(record.requests.total(), resident(server)))
         await asyncio.sleep(1)
 
 
@@ -251,7 +275,7 @@ async def load(
     finished = await asyncio.gather(*helpers, return_exceptions=True)
     problems = [f"the run itself: {r!r}" for r in finished if not isinstance(r, asyncio.CancelledError)]
     problems += [f"{count} x {error}" for error, count in record.errors.items()]
-    problems += grown(record.memory[int(WARM_UP * len(record.memory)) :])
+    problems += grown(record.warm)
     if not server.healthy():
         return record, [*problems, "the server is not healthy"]
     if (after := await workload.answers()) != before:
@@ -263,9 +287,9 @@ async def load(
 
 
 def grown(samples: Sequence[dict[str, int]]) -> list[str]:
-    """The processes that grew, by the rule that GROWTH states."""
+    """The processes that grew, by the rule that GROWTH states; of no samples, none."""
     third, found = len(samples) // 3, []
-    for process in samples[-1]:
+    for process in samples[-1] if samples else ():
         early, late = (
             statistics.median(sample.get(process, 0) for sample in part)
             for part in (samples[:third], samples[-third:])
@@ -282,11 +306,8 @@ def contradictions(server: Server, sparse: bool) -> list[str]:
         "requests are still waiting": server.metric("vllm:num_requests_waiting") == 0,
     }
     if sparse:
-        time.sleep(2.5)  # workers write once a second
-        held, read, rows, missing = (
-            server.metric(f"vllm_rc_topk_{name}_total")
-            for name in ("tokens_held", "tokens_read", "sparse_rows", "missing_summaries")
-        )
+        names = ("tokens_held", "tokens_read", "sparse_rows", "missing_summaries")
+        held, read, rows, missing = server.settled(*(f"vllm_rc_topk_{name}_total" for name in names))
         claims |= {
             f"read {read} of {held} tokens": 0 < read < held,
             f"{rows} sparse rows": rows > 0,
@@ -302,20 +323,25 @@ def report(record: Record, problems: list[str], seconds: float, console: Console
         table.add_row(f"requests: {kind}", str(count))
     table.add_row("tokens received", str(record.tokens))
     table.add_row("preemptions", str(record.preemptions))
-    memory = [bytes_ / 2**20 for bytes_ in record.sums]
+    sums, warm = record.sums, record.warm
     marks = {
-        "at first": memory[0],
-        "after warm-up": memory[int(WARM_UP * len(memory))],
-        "at the end": memory[-1],
+        "at first": sums[0],
+        **({"after warm-up": sum(warm[0].values())} if warm else {}),
+        "at the end": sums[-1],
+        "at most": max(sums),
     }
-    for when, mebibytes in marks.items():
-        table.add_row(f"resident, {when}", f"{mebibytes:.0f} MiB")
-    table.add_row("largest", f"{max(memory):.0f} MiB")
+    for when, resident_bytes in marks.items():
+        table.add_row(f"resident, {when}", f"{resident_bytes / 2**20:.0f} MiB")
     console.print(table)
+    if not warm:
+        console.print(
+            f"[yellow]memory was not judged:[/] that takes {SAMPLES} seconds after the first {WARM_UP} requests; "
+            "give more --minutes"
+        )
     for problem in problems:
         console.print(f"[red]wrong:[/] {problem}", highlight=False)
     if not problems:
-        console.print("[green]no errors, no growth, the same answers, counters agree[/]")
+        console.print(f"[green]no errors, {'no growth, ' * bool(warm)}the same answers, counters agree[/]")
 
 
 def main() -> int:
@@ -338,7 +364,9 @@ def main() -> int:
             )
     report(record, problems, seconds, console)
     if arguments.record:
-        arguments.record.write_text(json.dumps({"requests": record.requests, "memory": record.memory}))
+        arguments.record.write_text(
+            json.dumps({"requests": record.requests, "memory": [asdict(sample) for sample in record.memory]})
+        )
     return 1 if problems else 0
 
 

@@ -99,6 +99,7 @@ TABLES: dict[str, list[Row]] = {
         Row("KV offloading (--kv-offloading-size)", REFUSED, "the same", UNSAFE),
         Row("microbatching (--enable-dbo)", REFUSED, "half batches would share summaries", UNSAFE),
         Row("KV-sharing fast prefill", REFUSED, "", UNSAFE),
+        Row("hits within a block (--prefix-match-unit)", REFUSED, "pages arrive as copies without statistics", UNSAFE),
     ],
     "Parallelism": [
         Row("tensor parallel, mp executor", WORKS, "on the CPU",

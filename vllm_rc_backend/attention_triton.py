@@ -1,7 +1,7 @@
 """Sparse decoding by the Triton kernels, for full CUDA graphs: fixed grids and buffers, no host reads.
 
 Per step and KV-cache group: see ``summaries_triton``. Per step and layer: ``TritonAttention.update_prefill`` for rows
-with more than one new token, ``TritonAttention.decode`` for all others, sparse or not.
+with more than one new token, and after it ``TritonAttention.decode`` for all others, sparse or not.
 """
 
 from __future__ import annotations

@@ -124,6 +124,8 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 vllm_config, partial(make_planner, first.store, max_rows(vllm_config))
             )
             self.updater = SummaryUpdater([layer.attention for layer in layers.values()])
+            for layer in layers.values():
+                layer.updater = SummaryUpdater([layer.attention])
         if first.config.on_host:
             self.pages = keep_pages(vllm_config, layers)
         # With the page caches in place: with them a decode takes other kernels.
@@ -141,7 +143,7 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         plan = None
         if self.planner is not None:
             plan = self.planner.plan(common.block_table_tensor, common.seq_lens, common.query_start_loc)
-            if decodes:
+            if decodes and not prefills:
                 self.updater.update(common.block_table_tensor[:decodes], plan)
         if self.pages is not None:
             self.pages.begin_step(
@@ -310,6 +312,15 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
             )
         attention, decodes = self.sparse_layer.attention, meta.num_decodes
         attention.bind(kv_cache, layer._k_scale_float, layer._v_scale_float)
+        table, seq_lens = meta.block_table[decodes:], meta.seq_lens[decodes:]
+        if meta.prefill is not None:
+            # Before the decodes, which may share blocks that prefills fill in this step (``SummaryUpdater``).
+            plan = None if meta.plan is None else meta.plan.from_row(decodes)
+            attention.update_prefill(
+                kv_cache, table, seq_lens, meta.query_start_loc[decodes:], meta.max_query_len, plan
+            )
+            if decodes and meta.plan is not None:
+                self.sparse_layer.updater.update(meta.block_table[:decodes], meta.plan)
         if decodes:
             rows = query[:decodes]
             if rows.dtype != output.dtype:  # vLLM quantised it for FlashAttention's fp8 path
@@ -323,10 +334,6 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
                 output[:decodes],
             )
         if meta.prefill is not None:
-            table, seq_lens = meta.block_table[decodes:], meta.seq_lens[decodes:]
-            starts = meta.query_start_loc[decodes:]
-            plan = None if meta.plan is None else meta.plan.from_row(decodes)
-            attention.update_prefill(kv_cache, table, seq_lens, starts, meta.max_query_len, plan)
             tokens = slice(decodes, meta.num_actual_tokens)
             new = query[tokens], key[tokens], value[tokens]
             if attention.pages is not None:

@@ -15,6 +15,9 @@ COMMANDS = {
     ),
 }
 
+EXTRA = ("matplotlib", "tokenizers", "transformers")
+"""Modules that the extra `eval` brings."""
+
 
 def usage() -> str:
     """What ``rc-topk`` prints without a command."""
@@ -32,4 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"rc-topk: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    return int(import_module(COMMANDS[command][0]).main(rest) or 0)
+    try:
+        module = import_module(COMMANDS[command][0])
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        print(
+            f"rc-topk {command}: {error.name} is not installed; it comes with the extra `eval`: pip install '.[eval]'",
+            file=sys.stderr,
+        )
+        return 1
+    return int(module.main(rest) or 0)

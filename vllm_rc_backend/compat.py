@@ -150,6 +150,9 @@ def check_engine(vllm_config: Any) -> None:
         "KV-sharing fast prefill (--kv-sharing-fast-prefill)": (
             bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False))
         ),
+        "hits within a block (--prefix-match-unit): pages arrive as copies and have no statistics": (
+            getattr(vllm_config.cache_config, "prefix_match_unit", None) is not None
+        ),
     }
     reasons = [reason for reason, present in refused.items() if present]
     if reasons:
@@ -160,14 +163,26 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def uses_rc_topk(vllm_config: Any) -> bool:
-    """Whether this engine was started with our backend."""
-    return getattr(vllm_config.attention_config.backend, "name", None) == NAME
+    """Whether this engine was started with our backend, for all layers or for one kind of them."""
+    attention = vllm_config.attention_config
+    return any(
+        getattr(chosen, "name", None) == NAME
+        for chosen in (attention.backend, *attention.backend_per_kind.values())
+    )
 
 
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
     """The layers of this rank that own a KV cache or a recurrent state, by name."""
     context = vllm_config.compilation_config.static_forward_context
     return {name: layer for name, layer in context.items() if hasattr(layer, "get_kv_cache_spec")}
+
+
+def attends_in_chunks(layer: Any) -> bool:
+    """Whether a layer sees the tokens of its own chunk of the sequence only (Llama 4's local layers).
+
+    vLLM wraps the backend for them and gives it rows of chunks, not of sequences.
+    """
+    return getattr(layer, "attention_chunk_size", None) is not None
 
 
 def pool_block_bytes(vllm_config: Any) -> int:

@@ -117,9 +117,10 @@ class RCTopKConfig:
     )
     summary_slots: int | None = _option(
         None,
-        "an integer from 1 up, or null for one per sequence that can be sparse at the same time",
+        "an integer from 1 up, or null for as many sequences as --max-num-seqs and the KV pool allow to be sparse at a "
+        "time",
         "Sequences whose summary is kept on the device. A sequence without a slot is decoded by selection alone, "
-        "which is counted and reported.",
+        "which is counted and reported. Many sequences that share a long prefix may be more than null counts with.",
     )
     kv_residency: str = _option(
         "gpu",
@@ -330,10 +331,22 @@ class RCTopKConfig:
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> RCTopKConfig:
-        """Build from vLLM's whole ``additional_config``; without an ``rc_topk`` entry, the defaults."""
-        if isinstance(additional_config, Mapping):
-            return cls.from_mapping(additional_config.get(KEY, {}))
-        return cls()
+        """Build from vLLM's whole ``additional_config``; without an ``rc_topk`` entry, the defaults.
+
+        Raises:
+            OptionError: see ``from_mapping``.
+            ValueError: there is no such entry, but one of its options, or a name like it.
+        """
+        if not isinstance(additional_config, Mapping):
+            return cls()
+        if KEY not in additional_config:
+            for name in map(str, additional_config):
+                if name in cls.names() or name.lower().replace("-", "_").startswith(("rc_topk", "rctopk")):
+                    raise ValueError(
+                        f"--additional-config.{name}: got {additional_config[name]!r}; allowed: options of this "
+                        f'backend in an object named {KEY}, such as {{"{KEY}": {{"budget": 2048}}}}.'
+                    )
+        return cls.from_mapping(additional_config.get(KEY, {}))
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -342,7 +355,7 @@ class RCTopKConfig:
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str, str]]:
-        """Rows (option, default, allowed, documentation) for ``docs/options.md`` and ``rc-topk options``."""
+        """Rows (option, default, allowed, documentation) for ``docs/options.md``."""
         return [(f.name, _default(f), f.metadata["allowed"], f.metadata["doc"]) for f in fields(cls)]
 
     def _allowed(self, name: str) -> str:

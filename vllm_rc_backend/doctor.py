@@ -146,6 +146,24 @@ def warnings(config: RCTopKConfig, facts: ModelFacts | None, tensor_parallel: in
         yield f"budget {config.budget:.0f} covers the whole context of {facts.max_context}: nothing would be sparse."
 
 
+def refused_on_gpus(
+    config: RCTopKConfig, facts: ModelFacts, kv_bytes: int | None, tensor_parallel: int
+) -> str | None:
+    """Why the start would be refused on this machine's GPU, where kernels do not have everything that a CPU does."""
+    if not torch.cuda.is_available() or not facts.layers:
+        return None
+    from vllm_rc_backend.attention_triton import make_shape
+
+    if config.on_host and kv_bytes == 1:
+        return "kv_residency=host has no 8-bit KV cache on GPUs; leave --kv-cache-dtype out."
+    layout = layer_layout(config, facts, kv_bytes or facts.element_bytes, tensor_parallel)
+    try:
+        make_shape(layout, facts.heads // facts.kv_heads, config.group_rule)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def report(
     config: RCTopKConfig, facts: ModelFacts | None, kv_bytes: int | None, tensor_parallel: int
 ) -> list[Table]:
@@ -254,4 +272,9 @@ def main(argv: list[str] | None = None) -> int:
         console.print(table)
     for warning in warnings(config, facts, args.tensor_parallel_size):
         console.print(f"[yellow]warning:[/yellow] {warning}")
-    return 1 if facts is not None and facts.refused else 0
+    if facts is None:
+        return 0
+    refusal = refused_on_gpus(config, facts, args.kv_cache_bytes, args.tensor_parallel_size)
+    if refusal is not None:
+        console.print(f"[red]refused:[/red] {refusal}")
+    return 1 if refusal or facts.refused else 0

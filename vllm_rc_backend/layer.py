@@ -156,8 +156,8 @@ class SparseLayer:
     """The sparse side of one attention layer, owned by its vLLM implementation object.
 
     Attributes:
-        sparse: whether the layer ever decodes sparsely; False for sliding windows, layers that read another layer's
-            KV cache, and ``dense_layers``.
+        sparse: whether the layer ever decodes sparsely; False for sliding windows, attention in chunks, layers that
+            read another layer's KV cache, and ``dense_layers``.
         store: the side store; None before the weights are loaded, and for dense layers.
         before: the device's memory when the layer was made, before its weights were loaded.
     """
@@ -189,6 +189,7 @@ class SparseLayer:
         self.staging: Any = None
         self.workspace: Any = None
         self.attention: Any = None
+        self.updater: Any = None
 
     def layout(self, block_size: int, slots: int) -> StoreLayout:
         """Sizes of this layer's side store."""
@@ -295,11 +296,12 @@ def reserve(vllm_config: Any) -> None:
         OptionError: ``dense_layers`` names a layer that the model does not have.
     """
     count = int(vllm_config.model_config.get_total_num_hidden_layers())
+    owners = compat.attention_layers(vllm_config)
     for name, layer in own_layers(vllm_config).items():
         layer.config.check_layers(count)
         layer.reserved = True
         layer.index = compat.layer_index(name)
-        if layer.index in layer.config.dense_layers:
+        if layer.index in layer.config.dense_layers or compat.attends_in_chunks(owners[name]):
             layer.sparse = False
     layers = sparse_layers(vllm_config)
     compat.allocate_pool_inside(None)
@@ -307,8 +309,8 @@ def reserve(vllm_config: Any) -> None:
         keep_pages_in_host_memory(vllm_config, layers)
     if not layers:
         logger.warning(
-            "rc_topk: no layer of this model can be decoded sparsely (sliding windows, shared KV caches and "
-            "dense_layers stay dense): every step is dense."
+            "rc_topk: no layer of this model can be decoded sparsely (sliding windows, attention in chunks, shared KV "
+            "caches and dense_layers stay dense): every step is dense."
         )
         return
     device = _device(vllm_config)
@@ -439,7 +441,7 @@ def _taken_and_total(vllm_config: Any) -> tuple[int, int]:
 
 
 def _slots(vllm_config: Any, layout: StoreLayout, pool_tokens: int) -> int:
-    """Summary slots: one for every sequence that can be sparse at the same time."""
+    """Summary slots: one for every sequence that can be sparse at the same time, if no two share blocks."""
     config = RCTopKConfig.from_additional_config(vllm_config.additional_config)
     if not layout.completion.state_rows(layout.head_size):
         return 0

@@ -1,5 +1,5 @@
-"""Summaries of the layers of a KV-cache group on a GPU, once per step, before any layer: which slot each row uses, and
-what its decodes add. Prefills add theirs layer by layer, when their tokens are in the cache (``TritonAttention``).
+"""Summaries of the layers of a KV-cache group on a GPU: once per step, before any layer, which slot each row uses, and
+what decodes add. Prefills add theirs layer by layer, when their tokens are in the cache (``TritonAttention``).
 """
 
 from __future__ import annotations
@@ -108,7 +108,12 @@ class _Alike:
 
 
 class SummaryUpdater:
-    """Adds what decodes leave behind to the summaries of all layers of a KV-cache group."""
+    """Adds what decodes leave behind to the summaries of some layers of a KV-cache group.
+
+    Of all of them before the first, in a step of decodes alone. Beside prefills of each layer by itself, once their
+    tokens are in the cache: vLLM lets a prompt share blocks that another one's prefill fills in the same step. If all
+    its tokens but one are in them, it is a decode, and its pages have only just been written.
+    """
 
     def __init__(self, layers: Sequence[TritonAttention]) -> None:
         self.layers = layers

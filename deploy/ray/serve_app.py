@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 
 import httpx
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from ray import serve
@@ -42,7 +42,13 @@ class Settings(BaseModel):
 class Replica:
     """One ``vllm serve`` on a loopback port."""
 
-    def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:
+        """Ends when the server is healthy: until then Ray Serve sends nothing here and keeps what runs already.
+
+        Raises:
+            RuntimeError: the server ended.
+            TimeoutError: it took longer than ``start_limit``.
+        """
         self.settings = settings
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -50,32 +56,37 @@ class Replica:
         # No limit on time or connections: vLLM queues, and answers may be long.
         limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
         self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=None, limits=limits)
-        self.process: asyncio.subprocess.Process | None = None
-        self.started = asyncio.ensure_future(self.start())
-
-    async def start(self) -> None:
-        """Start the server and wait until it is healthy."""
         command = ["serve", *self.settings.arguments, "--host", "127.0.0.1", "--port", str(self.port)]
         self.process = await asyncio.create_subprocess_exec("vllm", *command)
-        async with asyncio.timeout(self.settings.start_limit):
-            while self.process.returncode is None:
-                try:
-                    if (await self.http.get("/health")).status_code == 200:
+        try:
+            async with asyncio.timeout(settings.start_limit):
+                while self.process.returncode is None:
+                    if await self.healthy():
                         return
-                except httpx.TransportError:
                     await asyncio.sleep(1)
+        except TimeoutError:
+            self.process.kill()
+            raise
         raise RuntimeError(f"vllm ended with exit status {self.process.returncode}")
+
+    async def healthy(self) -> bool:
+        """What the server's own health check says."""
+        try:
+            return (await self.http.get("/health", timeout=20)).status_code == 200
+        except httpx.TransportError:
+            return False
 
     async def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
-        if self.started.done():
-            self.started.result()
-            (await self.http.get("/health", timeout=20)).raise_for_status()
+        if not await self.healthy():
+            raise RuntimeError("the server of this replica is not healthy")
 
     @app.api_route("/{path:path}", methods=["GET", "POST"])
     async def forward(self, path: str, request: Request) -> Response:
         """Pass a request on, and the answer back as it comes."""
-        await self.started
+        if path == "metrics":
+            # Of one replica now and of another at the next scrape, which would look like counters that start anew.
+            raise HTTPException(404, "each replica counts for itself; its log has what rc_topk reads")
         headers = {k: v for k, v in request.headers.items() if k not in OWN_CONNECTION}
         url = httpx.URL(path=f"/{path}", query=request.url.query.encode())
         onward = self.http.build_request(request.method, url, headers=headers, content=await request.body())
@@ -93,7 +104,7 @@ class Replica:
         return StreamingResponse(body(), answer.status_code, kept)
 
     async def __del__(self) -> None:
-        if self.process and self.process.returncode is None:
+        if hasattr(self, "process") and self.process.returncode is None:
             self.process.terminate()
             await self.process.wait()
 

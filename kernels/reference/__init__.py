@@ -18,6 +18,7 @@ from vllm_rc_backend.kernels.reference.statistics import (
     encode_statistics,
     finish_pages,
     finished_pages,
+    round_query,
 )
 from vllm_rc_backend.kernels.reference.summary import (
     SummaryPlan,
@@ -51,6 +52,7 @@ __all__ = [
     "plan_summaries",
     "read_state",
     "reduce_group",
+    "round_query",
     "score_pages",
     "select_pages",
     "unread_log_mass",

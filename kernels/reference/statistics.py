@@ -76,6 +76,29 @@ def decode_statistics(codes: Tensor, scales: Tensor | None) -> Tensor:
     return codes.float() if scales is None else codes.float() * scales.float().unsqueeze(-1)
 
 
+def round_query(rotated: Tensor) -> Tensor:
+    """A query as it is multiplied with statistics of 2 bits: each product with a byte is one of four signed bytes.
+
+    A stored byte is a + 4 b + 16 c + 64 d of four neighbouring levels. The coefficient of d multiplies all of it, and
+    those of the others are rounded after what it gives them has been taken off.
+
+    Args:
+        rotated: float32 ``[..., head_size]``, in the rotation of the statistics.
+
+    Returns:
+        The same shape. All are multiples of a unit, a 126.5th of what the largest coefficient of each vector is.
+    """
+    a, b, c, d = rotated.unflatten(-1, (-1, 4)).unbind(-1)
+    b, d = b / 4, d / 4
+    coefficients = torch.stack((a - d / 16, b - d / 16, c - d, d))
+    unit = (coefficients.abs().amax(dim=(0, -1)).clamp(min=1e-30) / 126.5).unsqueeze(-1)
+    a, b, c, d = (x / unit for x in (a, b, c, d))
+    d = (d + 0.5).floor()
+    lower = d / 16
+    a, b, c = ((x - shared + 0.5).floor() + shared for x, shared in ((a, lower), (b, lower), (c, d)))
+    return (torch.stack((a, 4 * b, c, 4 * d), dim=-1) * unit.unsqueeze(-1)).flatten(-2)
+
+
 def finish_pages(
     kv: PagedKV,
     block_table: Tensor,

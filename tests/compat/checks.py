@@ -300,6 +300,7 @@ def check_unsafe_features_are_refused() -> None:
         (config.parallel_config, "enable_dbo", True, "--enable-dbo"),
         (config.cache_config, "kv_offloading_size", 1.0, "--kv-offloading-size"),
         (config.cache_config, "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+        (config.cache_config, "prefix_match_unit", 16, "--prefix-match-unit"),
     ):
         with changed(section, name, value), pytest.raises(UnsupportedError, match=flag):
             check_engine(config)
@@ -504,6 +505,7 @@ def check_requests_are_logged() -> None:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     from vllm_rc_backend.compat import uses_rc_topk
+    from vllm_rc_backend.plugin import backend_member
     from vllm_rc_backend.request_log import RequestLog
 
     names = {"request_id", "num_prompt_tokens", "num_generation_tokens"}
@@ -511,6 +513,10 @@ def check_requests_are_logged() -> None:
     assert issubclass(RequestLog, StatLoggerBase)
     config = copy.copy(engine_config())
     assert uses_rc_topk(config)
+    with changed(config.attention_config, "backend", None):
+        assert not uses_rc_topk(config)
+        with changed(config.attention_config, "backend_per_kind", {"full_attention": backend_member()}):
+            assert uses_rc_topk(config)
     assert RequestLog(config).layout is None
     config.additional_config = {"rc_topk": {"budget": 256, "log_requests": True}}
     log = RequestLog(config)
@@ -518,6 +524,7 @@ def check_requests_are_logged() -> None:
     assert log.layout.head_size == config.model_config.get_head_size()
     request = SimpleNamespace(request_id="a", num_prompt_tokens=1000, num_generation_tokens=5)
     log.record(None, SimpleNamespace(finished_requests=[request]), None, 0)
+    log.writer.shutdown()
     log.log_engine_initialized()
 
 

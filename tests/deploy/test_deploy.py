@@ -24,7 +24,7 @@ import promql_parser
 import pytest
 import yaml
 
-from tools import dashboard
+from tools import dashboard, prometheus_rule
 from vllm_rc_backend.observability.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -78,14 +78,24 @@ def test_compose_file() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
 
 
+def test_the_composition_says_which_variables_it_needs() -> None:
+    text = (DEPLOY / "docker" / "compose.yaml").read_text()
+    command = next(line for line in text.splitlines() if line.endswith("compose.yaml up"))
+    required = set(re.findall(r"\$\{(\w+):\?", text))
+    assert required == set(re.findall(r"(\w+)=", command)) == {"MODEL", "VLLM_API_KEY", "GRAFANA_PASSWORD"}
+
+
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+"""What prometheus_client appends to the name of a metric of each kind."""
+
+
 @functools.cache
 def vllm_metrics() -> set[str]:
-    """Names of the time series that vLLM's own source declares, of every kind that prometheus_client makes of them."""
+    """Names of the time series that vLLM's own source declares, by the kind of metric that it declares them as."""
     (folder,) = importlib.util.find_spec("vllm").submodule_search_locations
-    names = set()
-    for file in Path(folder, "v1", "metrics").glob("*.py"):
-        names |= set(re.findall(r'"(vllm:\w+)"', file.read_text()))
-    return {name + suffix for name in names for suffix in ("", "_total", "_bucket", "_sum", "_count")}
+    text = "".join(file.read_text() for file in sorted(Path(folder, "v1", "metrics").glob("*.py")))
+    kinds = re.findall(r'_(counter|gauge|histogram)_cls\(\s*name="(vllm:\w+)"', text)
+    return {name + suffix for kind, name in kinds for suffix in SUFFIXES[kind]}
 
 
 def names_in(expression: str) -> Iterator[str]:
@@ -125,6 +135,9 @@ def test_a_metric_that_does_not_exist_is_found() -> None:
     ]
     assert not exists("vllm_rc_topk_tokens_red_total")
     assert exists("vllm:num_requests_running")
+    assert not exists("vllm:num_requests_running_total")
+    assert exists("vllm:num_preemptions_total")
+    assert not exists("vllm:num_preemptions")
 
 
 def test_every_metric_of_ours_is_on_the_dashboard() -> None:
@@ -152,7 +165,15 @@ def test_prometheus_reads_these_alerts_and_scrapes_the_server() -> None:
     service, port = target.split(":")
     ports = load(DEPLOY / "docker" / "compose.yaml")["services"][service]["ports"]
     assert any(published.endswith(f":{port}") for published in ports)
-    assert {"job": job["job_name"]} == {"job": "vllm"}  # which the alert VLLMDown names
+    assert {"job": job["job_name"]} == {"job": "vllm"}  # which the alerts name
+
+
+def test_the_operator_gets_the_same_alerts() -> None:
+    assert prometheus_rule.FILE.read_text() == prometheus_rule.page(), "run `make docs`"
+    rule = load(prometheus_rule.FILE)
+    assert rule["spec"]["groups"] == load(DEPLOY / "prometheus" / "alerts.yaml")["groups"]
+    component = load(prometheus_rule.FILE.parent / "kustomization.yaml")
+    assert all((prometheus_rule.FILE.parent / resource).exists() for resource in component["resources"])
 
 
 def test_dashboard_is_current_and_laid_out() -> None:
@@ -306,6 +327,7 @@ def test_ray_service() -> None:
     (application,) = ServeDeploySchema.model_validate(config).applications
     cluster = loaded["spec"]["rayClusterConfig"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    policy = load(DEPLOY / "ray" / "networkpolicy.yaml")
     for group in groups:
         pod = {
             "apiVersion": "v1",
@@ -315,6 +337,8 @@ def test_ray_service() -> None:
         }
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
         assert_restricted(pod["spec"])
+        assert group["template"]["metadata"]["labels"] == policy["spec"]["podSelector"]["matchLabels"]
+    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
     (workers,) = cluster["workerGroupSpecs"]
     per_node = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     arguments = application.args["arguments"]

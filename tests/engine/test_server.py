@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,9 @@ BUDGET = 192
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = {"budget": BUDGET, "log_interval": 1, "log_requests": True}
-    with serving(tmp_path_factory.mktemp("server") / "log", options) as running:
+    # float32, so that answers in another batch can be compared.
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(log, options, "--dtype", "float32") as running:
         yield running
 
 
@@ -95,8 +96,7 @@ def test_bad_requests_do_not_hurt(server: Server, prompt: Prompt) -> None:
 
 def test_metrics_and_log(server: Server, prompt: Prompt) -> None:
     names = [f"vllm_rc_topk_tokens_{kind}_total" for kind in ("held", "read")]
-    time.sleep(2.5)  # workers write once a second
-    before = [server.metric(name) for name in names]
+    before = server.settled(*names)
     length, steps = 1500, 24
     # The first token comes from prefill, each of the others from a decode over everything so far.
     expected = sum(length + i for i in range(1, steps))

@@ -27,3 +27,14 @@ def test_growth_is_found() -> None:
     assert soak.grown(leak) == ["worker grew after warm-up, from 1014 to 1074 MiB"]
     burst = [{"worker": (1200 if second == 50 else 1000) * mebibyte} for second in range(90)]
     assert soak.grown(burst) == []
+
+
+def test_memory_is_judged_after_warm_up_only() -> None:
+    """A slow machine's forty seconds hold a few hundred requests, after which the allocators still take more."""
+    sample = {"worker": 1 << 30}
+    slow = [soak.Sample(4 * second, sample) for second in range(100)]
+    assert soak.Record(memory=slow).warm == []
+    assert soak.grown([]) == []
+    fast = [soak.Sample(10 * second, sample) for second in range(100 + soak.SAMPLES)]
+    assert soak.Record(memory=fast).warm == [sample] * soak.SAMPLES
+    assert soak.Record(memory=fast[:-1]).warm == []

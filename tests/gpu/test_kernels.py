@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.unit.kernels.cases import FEATURES, LARGE_POOL, RUNS, SHARE
+from tests.unit.kernels.shared_step_check import COMPLETIONS, check_shared_step
 from tests.unit.kernels.update_check import UPDATES, check_update
 from tests.unit.kernels.warm_up_check import WARM, check_warm_up
 from vllm_rc_backend.evaluation.kernel_check import Case, Runner, check
@@ -250,6 +251,12 @@ def test_graph_replay_follows_changing_lengths(completion: str, rule: str) -> No
 @pytest.mark.parametrize("name", UPDATES)
 def test_update_of_several_layers(name: str) -> None:
     check_update("cuda", name)
+
+
+@pytest.mark.parametrize("chunk", [350, 64], ids=["whole prompt", "last chunk"])
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_a_decode_beside_the_prefill_that_fills_its_pages(completion: str, chunk: int) -> None:
+    check_shared_step("cuda", completion, chunk)
 
 
 @pytest.mark.parametrize("completion", ["paged", "features"])

@@ -96,6 +96,14 @@ def test_options_that_are_no_object() -> None:
         RCTopKConfig.from_additional_config({KEY: ["budget"]})
 
 
+@pytest.mark.parametrize("name", ["budget", "rc-topk", "RC_TOPK", "rc_topk_options"])
+def test_options_in_the_wrong_place(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: got .*; allowed: .* in an object named rc_topk"):
+        RCTopKConfig.from_additional_config({name: {"budget": 512}})
+    assert RCTopKConfig.from_additional_config({"of another plugin": 1}) == RCTopKConfig()
+    assert RCTopKConfig.from_additional_config({name: 1, KEY: {"budget": 512}}).budget == 512
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -41,7 +41,8 @@ before = resident()
 p = lib.rc_topk_host_pool_alloc(size, 0, None)
 print("held", lib.rc_topk_host_pool_bytes(), lib.rc_topk_host_pool_error().decode(), flush=True)
 if p:
-    assert resident() - before >= size, "not all pages were taken"
+    # What a kernel says may lag by some pages a processor.
+    assert resident() - before >= size - (1 << 20), "not all pages were taken"
     ctypes.memset(p + size - 1, 7, 1)
     assert lib.rc_topk_host_pool_alloc(limit, 0, None) is None, "more than the limit in all"
     lib.rc_topk_host_pool_free(p, size, 0, None)

@@ -35,6 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"[red]no text files of at least 2000 bytes in {', '.join(map(str, options.data))}")
         return 2
     texts = list(_texts(corpus, options))
+    if len(texts) < 2:
+        console.print(
+            f"[red]--sequences {options.sequences} --prompts {options.prompts}: allowed: two sequences or more in all, "
+            "one to learn from and one held out"
+        )
+        return 2
     recordings = [
         record(model, text, options.window)
         for text in track(texts, "reading", console=console, transient=True)

@@ -63,7 +63,8 @@ def learn(
     """Learn the maps of all units of the recordings.
 
     Args:
-        steps: at most; learning stops once ``patience`` checks in a row, 50 steps apart, found no better maps.
+        steps: at most; learning stops once ``patience`` checks in a row, 50 steps apart, found no better maps. The last
+            step is checked, too.
         progress: is told (step, best validation loss).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +94,7 @@ def learn(
         torch.nn.utils.clip_grad_norm_(maps, 1.0)
         optimiser.step()
         schedule.step()
-        if step % 50 == 0:
+        if step % 50 == 0 or step == steps:
             value = validate()
             waited += 1
             if value < best_loss:

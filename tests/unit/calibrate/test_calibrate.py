@@ -66,6 +66,25 @@ def test_the_command_writes_a_file_that_fits_the_model(tmp_path: Path) -> None:
     assert file.layers[0].key_weight.shape == (config["num_key_value_heads"], 8, config["head_dim"])
 
 
+def test_one_sequence_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(MODEL), "--data", str(ROOT / "kernels"), "--out", str(tmp_path / "x")]
+    assert main([*arguments, "--device", "cpu", "--sequences", "1", "--prompts", "0"]) == 2
+    assert "--sequences 1 --prompts 0: allowed: two" in " ".join(capsys.readouterr().out.split())
+
+
+def test_few_steps_are_not_in_vain() -> None:
+    learned = learn(
+        [recording(i) for i in range(4)],
+        [recording(9)],
+        features=16,
+        steps=45,
+        patience=3,
+        seed=0,
+        progress=lambda *_: None,
+    )
+    assert learned.best_loss < learned.first_loss
+
+
 def test_no_text_is_said(tmp_path: Path) -> None:
     arguments = [
         "--model",

@@ -132,7 +132,7 @@ def test_no_step_needs_a_kernel_that_the_start_has_not_compiled(
     warm_up(layers[0], planner, case.dtype, staging)
     compiled = launches.kernels()
 
-    updater = SummaryUpdater(layers)
+    updater, updaters = SummaryUpdater(layers), [SummaryUpdater([layer]) for layer in layers]
     head_first = torch.zeros(8, 2, case.page_size, 256, dtype=case.dtype)
     token_first = torch.zeros(8, case.page_size, 2, 256, dtype=case.dtype).transpose(1, 2)
     query = torch.zeros(max_rows, 2 * case.group, 128, dtype=case.dtype)
@@ -147,23 +147,25 @@ def test_no_step_needs_a_kernel_that_the_start_has_not_compiled(
         table, lengths, plan = tables[:rows], starts[:rows], None
         if planner is not None:
             plan = planner.plan(table, lengths, starts[: rows + 1])
-        if decodes and plan is not None:
-            updater.update(table[:decodes], plan)
+        if decodes == rows and plan is not None:
+            updater.update(table, plan)
         if pages is not None:
             pages.begin_step(table, lengths, starts[: rows + 1], 100)
-        for layer in layers:
+        for layer, own in zip(layers, updaters, strict=True):
+            prefills = table[decodes:], lengths[decodes:], starts[decodes : rows + 1]
+            if decodes < rows:
+                rest = None if plan is None else plan.from_row(decodes)
+                layer.update_prefill(cache, *prefills, 100, rest)
+                if decodes and plan is not None:
+                    own.update(table[:decodes], plan)
             if decodes:
                 layer.decode(
                     query[:decodes], cache, table[:decodes], lengths[:decodes], plan, query[:decodes]
                 )
-            if decodes < rows:
-                rest = None if plan is None else plan.from_row(decodes)
-                prefills = table[decodes:], lengths[decodes:], starts[decodes : rows + 1]
-                layer.update_prefill(cache, *prefills, 100, rest)
-                if staging is not None:
-                    room = staging.room(rows - decodes)
-                    for first in (0, room, 2 * room):
-                        staging.copy(cache, *prefills, first)
+            if decodes < rows and staging is not None:
+                room = staging.room(rows - decodes)
+                for first in (0, room, 2 * room):
+                    staging.copy(cache, *prefills, first)
         assert launches.kernels() <= compiled, (decodes, rows)
     names = {name for name, *_ in compiled}
     assert {"decode_kernel", "finish_pages_kernel"} <= names

@@ -14,6 +14,7 @@ from vllm_rc_backend.kernels.reference import (
     encode_statistics,
     finish_pages,
     finished_pages,
+    round_query,
 )
 from vllm_rc_backend.selection import POLICIES, make_policy
 
@@ -75,6 +76,26 @@ def test_statistics_are_those_of_the_page_whatever_the_chunks(
     rest = torch.ones(pages, dtype=torch.bool)
     rest[ids] = False
     assert (codes[rest] == untouched).all(), "an unfinished or foreign page was written"
+
+
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+def test_a_rounded_query_is_four_signed_bytes(head_size: int) -> None:
+    query = torch.randn(50, head_size, dtype=torch.float64) * torch.rand(50, 1).mul(8).exp()
+    query[0], query[1, 1:] = 0.0, 0.0
+    rounded = round_query(query)
+    unit = coefficients(query).abs().amax(dim=(0, -1)).clamp(min=1e-30).unsqueeze(-1) / 126.5
+    stored = coefficients(rounded) / unit
+    assert (stored - stored.round()).abs().max() < 1e-6
+    assert stored.round().abs().max() <= 127
+    error = (rounded - query).abs().unflatten(-1, (-1, 4)) / unit.unsqueeze(-1)
+    assert (error <= torch.tensor([0.5, 2.0, 0.5, 2.0]) + 1e-6).all()
+    assert (rounded[0] == 0).all()
+
+
+def coefficients(query: torch.Tensor) -> torch.Tensor:
+    """Of the levels a, 4 b, c and of the whole byte a + 4 b + 16 c + 64 d, all as if c counted once."""
+    a, b, c, d = query.unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack((a - d / 64, b / 4 - d / 64, c - d / 4, d / 4))
 
 
 def test_four_levels_are_one_signed_byte() -> None:

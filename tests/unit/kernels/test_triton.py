@@ -37,6 +37,7 @@ def run(arguments: list[str], **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(5400)
 def test_interpreted_kernels_agree_with_the_reference() -> None:
     """The longest of all, so by two processes."""
     plugin = ["-p", "no:cacheprovider", "-p", "tests.unit.kernels.every_other"]

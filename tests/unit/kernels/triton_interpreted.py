@@ -12,6 +12,7 @@ import torch
 
 from tests.unit.kernels.cases import FEATURES, LARGE_POOL, RUNS, SHARE
 from tests.unit.kernels.remember_check import check_remember
+from tests.unit.kernels.shared_step_check import COMPLETIONS, check_shared_step
 from tests.unit.kernels.update_check import UPDATES, check_update
 from tests.unit.kernels.warm_up_check import WARM, check_warm_up
 from vllm_rc_backend.attention_triton import Tuning
@@ -374,6 +375,12 @@ def test_sequences_that_share_a_prefix_part(completion: str) -> None:
 @pytest.mark.parametrize("name", UPDATES)
 def test_update_of_several_layers(name: str) -> None:
     check_update("cpu", name)
+
+
+@pytest.mark.parametrize("chunk", [350, 64], ids=["whole prompt", "last chunk"])
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_a_decode_beside_the_prefill_that_fills_its_pages(completion: str, chunk: int) -> None:
+    check_shared_step("cpu", completion, chunk)
 
 
 def test_plans_are_those_of_the_reference() -> None:
