@@ -340,7 +340,9 @@ class Workspace:
         """Tokens that a program attends to at a time."""
         tuning, elements = self.tuning, self.tuning.decode_elements
         if joint:
-            elements = tuning.joint_few_elements if self.few(rows) else tuning.joint_elements
+            # Wide heads' queries, which are kept all the time, leave room for the smaller tile only.
+            few = self.few(rows) and self.shape.block_d <= 128
+            elements = tuning.joint_few_elements if few else tuning.joint_elements
             if self.shape.block_n > 8:
                 # The partial results of more heads need the room: all programs must fit at the same time.
                 elements //= 2
