@@ -14,7 +14,7 @@ from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end
 
 LOOKBACK = tl.constexpr(PAGES)
 BACK = tl.constexpr(16)
-"""Of these pages, so many are looked up at a time."""
+"""Pages of a row that are looked at at a time."""
 
 
 @triton.jit
@@ -64,9 +64,14 @@ def plan_kernel(
     tl.store(prefills + slot_id, 0, mask=slot_id < slots)
     begin = (seq_len - query_len) // g.page_size
     count = tl.where(real, seq_len // g.page_size - begin, 0)
-    for i in range(tl.max(count, 0)):
-        stale = page_of(table, begin + i, i < count, g)
-        tl.store(page_slot + stale, -1, mask=i < count)
+    # Of a decode one page at most, of a prefill's chunk hundreds.
+    stale = page_of(table, begin, count > 0, g)
+    tl.store(page_slot + stale, -1, mask=count > 0)
+    for start in range(1, tl.max(count, 0), BACK):
+        i = start + tl.arange(0, BACK)[None, :]
+        there = i < count[:, None]
+        stale = page_of(table[:, None], begin[:, None] + i, there, g)
+        tl.store(page_slot + stale, -1, mask=there)
     tl.debug_barrier()
 
     wants = real & (query_len > 0) & is_sparse(seq_len, g)
