@@ -218,6 +218,12 @@ def reserve_workspaces(vllm_config: Any) -> None:
                 captured=vllm_config.compilation_config.cudagraph_capture_sizes or (),
             )
         layer.workspace = workspaces[shape]
+    logger.info(
+        "rc_topk: the kernels' buffers take %.2f GiB beside that, for %d rows and %d tokens of context.",
+        sum(workspace.nbytes for workspace in workspaces.values()) / 2**30,
+        max_rows(vllm_config),
+        vllm_config.model_config.max_model_len,
+    )
 
 
 def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
