@@ -270,6 +270,12 @@ def keep_pages(vllm_config: Any, layers: dict[str, SparseLayer]) -> DevicePages:
         pages.slots,
         len(layers),
     )
+    if pages.slots < (least := layout.heads * pages.max_read):
+        logger.warning(
+            "rc_topk: that is less than one sequence reads in a step (%d pages): nearly all of it comes over the bus, "
+            "each time anew. Raise page_cache_gib or --gpu-memory-utilization.",
+            least,
+        )
     return pages
 
 

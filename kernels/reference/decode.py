@@ -85,9 +85,12 @@ def damp(residual: Residual, read_log_mass: Tensor) -> Residual:
     """
     if residual.damping is None:
         return residual
-    share = (residual.log_mass - read_log_mass).sigmoid()
-    share = share * (1 - residual.damping * share)
-    return residual._replace(log_mass=read_log_mass + share.log() - (1 - share).log())
+    excess = residual.log_mass - read_log_mass
+    share, rest = excess.sigmoid(), (-excess).sigmoid()
+    # Not one minus what is left of the share: that is zero where what was read has hardly any mass.
+    rest = (rest + residual.damping * share.square()).clamp(min=torch.finfo(rest.dtype).tiny)
+    log_odds = (share * (1 - residual.damping * share)).log() - rest.log()
+    return residual._replace(log_mass=read_log_mass + log_odds)
 
 
 def complete_softmax(scores: Tensor, values: Tensor, residual: Residual) -> tuple[Tensor, Tensor]:

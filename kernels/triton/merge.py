@@ -10,6 +10,8 @@ import triton.language as tl
 from vllm_rc_backend.kernels.triton.linear import residual
 from vllm_rc_backend.kernels.triton.mass import finite, scored_masses, unread_log_mass
 
+SMALLEST = tl.constexpr(2.0**-126)
+
 PARTIAL_STATS = tl.constexpr(5)
 """Rows of numbers beside a partial result: maximum, sum, sum of scores; of ``retrieved_mass`` maximum and sum."""
 
@@ -159,8 +161,9 @@ def _divided(o, total):
 def damp(log_mass, read_log_mass, damping):
     """A residual's log-mass ``[merge_rows]``, the lower the larger its share; base 2. Twin of ``reference.damp``."""
     share = 1 / (1 + tl.exp2(read_log_mass - log_mass))
-    share *= 1 - damping * share
-    return read_log_mass + tl.log2(share / (1 - share))
+    # Not one minus what is left of the share: that is zero where what was read has hardly any mass.
+    rest = 1 / (1 + tl.exp2(log_mass - read_log_mass)) + damping * share * share
+    return read_log_mass + tl.log2(share * (1 - damping * share) / tl.maximum(rest, SMALLEST))
 
 
 @triton.jit

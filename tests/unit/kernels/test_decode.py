@@ -153,6 +153,17 @@ def test_a_damped_share(log_mass: float, read_log_mass: float, damping: float) -
     assert damp(believed, read) is believed
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-9, 0.6])
+@pytest.mark.parametrize("ahead", [17.0, 60.0, 200.0])
+def test_what_was_read_has_hardly_any_mass(ahead: float, damping: float) -> None:
+    """Of a query head whose pages others of its group have outvoted."""
+    residual = Residual(torch.tensor([ahead]), torch.ones(1, 8), torch.tensor([damping]))
+    scores, values = torch.zeros(1, 1), torch.full((1, 8), 5.0)
+    out, share = complete_softmax(scores, values, damp(residual, scores.logsumexp(dim=-1)))
+    torch.testing.assert_close(out, torch.full((1, 8), 1 + damping * (5 - 1)), atol=1e-5, rtol=1e-5)
+    assert bool(share.isfinite().all())
+
+
 def test_nothing_left_stays_nothing_when_damped() -> None:
     nothing = Residual(torch.full((2, 3), -torch.inf), torch.zeros(2, 3, 8), torch.full((2, 3), 0.2))
     assert (damp(nothing, torch.zeros(2, 3)).log_mass == -torch.inf).all()
