@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from vllm_rc_backend.evaluation.text import HELD_OUT_PACKAGES
+
 EXAMPLE = Path(__file__).parent / "model"
 STAGES = ((2048, 0.4), (8192, 0.4), (16384, 0.2))  # (context, share of the steps)
 SYNTHETIC = 0.5  # share of the sequences
@@ -306,7 +308,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     torch.manual_seed(options.seed)
     tokenizer = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
-    corpus = Corpus(tokenizer, options.source)
+    corpus = Corpus(tokenizer, options.source, HELD_OUT_PACKAGES)
     config = AutoConfig.from_pretrained(EXAMPLE)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -218,6 +218,12 @@ def reserve_workspaces(vllm_config: Any) -> None:
                 captured=vllm_config.compilation_config.cudagraph_capture_sizes or (),
             )
         layer.workspace = workspaces[shape]
+    logger.info(
+        "rc_topk: the kernels' buffers take %.2f GiB beside that, for %d rows and %d tokens of context.",
+        sum(workspace.nbytes for workspace in workspaces.values()) / 2**30,
+        max_rows(vllm_config),
+        vllm_config.model_config.max_model_len,
+    )
 
 
 def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
@@ -264,6 +270,12 @@ def keep_pages(vllm_config: Any, layers: dict[str, SparseLayer]) -> DevicePages:
         pages.slots,
         len(layers),
     )
+    if pages.slots < (least := layout.heads * pages.max_read):
+        logger.warning(
+            "rc_topk: that is less than one sequence reads in a step (%d pages): nearly all of it comes over the bus, "
+            "each time anew. Raise page_cache_gib or --gpu-memory-utilization.",
+            least,
+        )
     return pages
 
 

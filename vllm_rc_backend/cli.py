@@ -15,7 +15,7 @@ COMMANDS = {
     ),
 }
 
-EXTRA = ("matplotlib", "tokenizers", "transformers")
+EXTRA = ("matplotlib", "scipy", "tokenizers", "transformers")
 """Modules that the extra `eval` brings."""
 
 

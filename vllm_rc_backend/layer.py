@@ -350,11 +350,15 @@ def keep_pages_in_host_memory(vllm_config: Any, sparse: dict[str, SparseLayer]) 
         )
     config = next(iter(sparse.values())).config
     assert config.host_kv_gib is not None
-    spare = memory.spare_bytes()
-    memory.check(config.host_kv_gib, vllm_config.parallel_config.local_world_size, spare)
+    spare, ranks = memory.spare_bytes(), vllm_config.parallel_config.local_world_size
+    on_cuda = vllm_config.device_config.device_type == "cuda"
+    if on_cuda:
+        # Builds the library: a compiler that is missing stops the start before anything long. What an engine that this
+        # process had before has pinned serves the next one.
+        spare += ranks * host_pool.held_bytes()
+    memory.check(config.host_kv_gib, ranks, spare)
     compat.own_pool_bytes(vllm_config, int(config.host_kv_gib * memory.GIB))
-    if vllm_config.device_config.device_type == "cuda":
-        host_pool.library()  # built now: a compiler that is missing stops the start before anything long
+    if on_cuda:
         compat.allocate_pool_inside(host_pool.host_memory)
     logger.info(
         "rc_topk: the KV pool takes %.2f GiB of host memory on each rank (%.1f GiB could be spared).",

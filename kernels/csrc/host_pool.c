@@ -96,6 +96,7 @@ void *rc_topk_host_pool_alloc(ssize_t size, int device, void *stream) {
     munmap(start, size);
     return NULL;
   }
+  madvise(start, size, MADV_DONTFORK); /* a child would be given a copy of all of it */
   pthread_mutex_lock(&lock);
   held += size;
   pthread_mutex_unlock(&lock);

@@ -19,6 +19,7 @@ from vllm_rc_backend.kernels.triton.launched import launched
 from vllm_rc_backend.kernels.triton.paged import page_of, page_rows
 from vllm_rc_backend.kernels.triton.regions import is_sparse, mid_end, retrieved_pages
 
+LARGEST_STEP = tl.constexpr(2**31 - 1)
 ABSENT = tl.constexpr(-2)
 CLAIMED = tl.constexpr(-1)
 SPAN = tl.constexpr(256)
@@ -46,13 +47,13 @@ def truncate_pages_kernel(
     Args:
         page_slot: int32 ``[layers, pages, heads]``, the slot of an entry, ABSENT if there is none.
         filled: int32 ``[layers, slots]``, tokens that an entry holds.
-        now: int32 ``[1]``, the step's number.
+        now: int32 ``[1]``, the step's number, from 1 on; begins anew after months.
         seq_lens: int32 ``[rows]``, 0 in padding rows.
         query_start: int32 ``[rows + 1]``.
     """
     nth, row = tl.program_id(0), tl.program_id(1)
     if (nth == 0) & (row == 0):
-        tl.store(now, tl.load(now) + 1)
+        tl.store(now, tl.load(now) % LARGEST_STEP + 1)
     seq_len = tl.load(seq_lens + row)
     first = seq_len - (tl.load(query_start + row + 1) - tl.load(query_start + row))
     logical = tl.maximum(first, 0) // g.page_size + nth
@@ -274,7 +275,9 @@ def take_slots_kernel(
             slot = ((tl.atomic_add(hand, WINDOW, sem="relaxed") + tl.arange(0, WINDOW)) % slots).to(tl.int32)
             last = tl.load(used + slot, cache_modifier=".cg")
             # A second chance for what was used since the hand last passed. By exchange: others pass here, too.
-            tl.atomic_cas(used + slot, last, tl.where((last > 0) & (last < step), -last, last), sem="relaxed")
+            tl.atomic_cas(
+                used + slot, last, tl.where((last > 0) & (last != step), -last, last), sem="relaxed"
+            )
             idle = last <= 0
             rank = tl.cumsum(idle.to(tl.int32), 0) - 1
             before = tl.atomic_max(used + slot, step, mask=idle & (rank < wanted - served), sem="relaxed")

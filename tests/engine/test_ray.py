@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import httpx
 import openai
 import psutil
 import pytest
@@ -223,6 +224,8 @@ def test_replicas_of_ray_serve_behind_one_endpoint(prompt: Prompt) -> None:
         assert "".join(streamed) == texts[0]
         with pytest.raises(openai.NotFoundError):
             client.completions.create(**request | {"model": "another"})
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).status_code == 404
         running = servers()
         assert len(running) == 2
     finally:

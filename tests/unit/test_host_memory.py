@@ -50,6 +50,29 @@ def test_a_container_of_the_first_kind(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/slice/job", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "3:cpu,cpuacct:/other\n4:memory:/slice/job",
+            "memory/",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["second kind", "first kind"],
+)
+@pytest.mark.parametrize("level", ["slice", "slice/job", "elsewhere"])
+def test_a_limit_some_levels_down(
+    tmp_path: Path, line: str, folder: str, names: tuple[str, str, str], level: str
+) -> None:
+    limit, usage, reclaimable = names
+    files = {limit: str(5 << 20), usage: str(3 << 20), "memory.stat": f"{reclaimable} 0\n"}
+    where = {f"sys/fs/cgroup/{folder}{level}/{name}": text for name, text in files.items()}
+    found = free_bytes(machine(tmp_path, {"proc/self/cgroup": line + "\n", **where}))
+    assert found == (8 << 20 if level == "elsewhere" else 2 << 20)
+
+
 def test_this_machine_has_some() -> None:
     assert free_bytes() > 0
     assert spare_bytes() <= free_bytes()

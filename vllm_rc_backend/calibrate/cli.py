@@ -28,19 +28,24 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; see ``rc-topk calibrate --help``."""
     options = _parse(argv)
     console = Console()
-    torch.manual_seed(options.seed)
-    model = Llama(options.model, options.device)
-    corpus = Corpus(options.model, [f for path in options.data for f in text_files(path)], options.seed)
-    if not corpus.documents:
-        console.print(f"[red]no text files of at least 2000 bytes in {', '.join(map(str, options.data))}")
+    try:
+        return _run(options, console)
+    except (OSError, ValueError) as error:
+        console.print(f"[red]rc-topk calibrate:[/red] {error}", highlight=False)
         return 2
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    corpus = Corpus(options.model, [f for path in options.data for f in text_files(path)], options.seed)
+    model = Llama(options.model, options.device)
     texts = list(_texts(corpus, options))
     if len(texts) < 2:
-        console.print(
-            f"[red]--sequences {options.sequences} --prompts {options.prompts}: allowed: two sequences or more in all, "
-            "one to learn from and one held out"
+        raise ValueError(
+            f"--sequences {options.sequences} --prompts {options.prompts}: allowed: two sequences or more in all, one "
+            "to learn from and one held out"
         )
-        return 2
     recordings = [
         record(model, text, options.window)
         for text in track(texts, "reading", console=console, transient=True)
@@ -130,7 +135,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.steps < 1:
+        parser.error(f"--steps: got {options.steps}; allowed: 1 or more")
+    if not 0 < options.window < options.context // 4:
+        parser.error(
+            f"--window: got {options.window}; allowed: from 1 to less than a quarter of --context {options.context}"
+        )
+    return options
 
 
 def _texts(corpus: Corpus, options: argparse.Namespace) -> Iterator[list[int]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,10 +20,20 @@ from torch import Tensor
 
 from vllm_rc_backend.completion import COMPLETIONS
 from vllm_rc_backend.completion.feature_file import FeatureFile, fingerprint
-from vllm_rc_backend.config import RCTopKConfig, default_completion
+from vllm_rc_backend.config import RCTopKConfig
 from vllm_rc_backend.doctor import ModelFacts
 from vllm_rc_backend.evaluation.diagnostics import diagnose
-from vllm_rc_backend.evaluation.grid import DENSE, Case, Journal, Selection, Shapes, cases, published, row
+from vllm_rc_backend.evaluation.grid import (
+    DENSE,
+    Case,
+    Journal,
+    Selection,
+    Shapes,
+    cases,
+    published,
+    row,
+    usual_completions,
+)
 from vllm_rc_backend.evaluation.llama import Llama
 from vllm_rc_backend.evaluation.measure import measure
 from vllm_rc_backend.evaluation.needles import NEEDLES
@@ -32,16 +45,27 @@ from vllm_rc_backend.evaluation.text import Corpus, text_files
 
 ALL_TASKS = (HELD_OUT, *TASKS)
 ROWS = "rows.jsonl"
+ENDS = 1 << 20
+"""Bytes at each end of a file by which it is told from others."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; see ``rc-topk eval --help``."""
     options = _parse(argv)
     console = Console()
+    try:
+        return _run(options, console)
+    except (OSError, ValueError) as error:
+        console.print(f"[red]rc-topk eval:[/red] {error}", highlight=False)
+        return 1
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.report:
         return _report(options.out, Journal.open(options.out / ROWS), console)
     config = json.loads((options.model / "config.json").read_text())
+    _check(options, config)
     corpus, sources = _corpus(options)
     sizes = Sizes(options.sequences, options.positions, options.prompts, options.seed, options.batch)
     header = {
@@ -53,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         "sink_tokens": RCTopKConfig.sink_tokens,
         "tail_tokens": RCTopKConfig.tail_tokens,
         "group_rule": RCTopKConfig.group_rule,
+        "weights": _digest(options.model.glob("*.safetensors")),
+        "features": _digest([options.features_file] if options.features_file else []),
     }
     file = FeatureFile.load(options.features_file, fingerprint(config)) if options.features_file else None
     run = _by_engine if options.engine else _by_reference
@@ -151,13 +177,42 @@ def _by_engine(
     return journal
 
 
+def _check(options: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Refuse before anything is measured what would fail in the middle.
+
+    Raises:
+        ValueError: what, and what is allowed.
+    """
+    longest = int(config.get("text_config", config).get("max_position_embeddings", max(options.contexts)))
+    if max(options.contexts) > longest:
+        raise ValueError(f"--contexts {max(options.contexts)}; allowed: up to the model's {longest}")
+    for context in options.contexts:
+        grid = cases(context, HELD_OUT, options.budgets, options.selections, options.completions)
+        for case in grid:
+            if case.selection != DENSE:
+                case.options(options.features_file)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """What tells files of this size from others: their ends, for whole checkpoints take minutes to read."""
+    found = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for place in (0, max(size - ENDS, 0)):
+                file.seek(place)
+                found.update(file.read(ENDS))
+        found.update(str(size).encode())
+    return found.hexdigest()[:16]
+
+
 def _diagnose(
     model: Llama, samples: Samples, shapes: Shapes, options: argparse.Namespace, context: int
 ) -> dict[str, Any]:
     """Errors per layer and head of the first selection, without and with completion, at the middle budget."""
     budget = options.budgets[len(options.budgets) // 2]
     rows = []
-    for completion in options.completions:
+    for completion in options.completions or usual_completions(options.selections[0]):
         settings = shapes.settings(Case(context, HELD_OUT, budget, options.selections[0], completion))
         for layer, found in enumerate(diagnose(model, samples, settings)):
             rows += [{"completion": completion, **entry} for entry in found.rows(layer)]
@@ -218,9 +273,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--completions",
         type=many(str),
-        default=["none", default_completion(RCTopKConfig.selection)],
-        help=f"of features, {', '.join(sorted(COMPLETIONS))} (default none,"
-        f"{default_completion(RCTopKConfig.selection)})",
+        help=f"of features, {', '.join(sorted(COMPLETIONS))} (default none, and what each selection comes with)",
     )
     add("--features-file", type=Path, help="from rc-topk calibrate, for --completions features")
     add(
@@ -273,7 +326,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--tasks: {task!r} is not one of {', '.join({**dict.fromkeys(ALL_TASKS), **NEEDLES})}"
             )
-    for completion in options.completions:
+    for completion in options.completions or ():
         if completion not in {"features", *COMPLETIONS}:
             parser.error(f"--completions: {completion!r} is not one of features, {', '.join(COMPLETIONS)}")
     if not isinstance(options.engine_args, dict):
@@ -285,6 +338,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error("--diagnostics looks into the reference's attention: leave out --engine")
     elif options.engine_args:
         parser.error("--engine-args needs --engine")
-    if "features" in options.completions and not options.features_file:
+    for budget in options.budgets:
+        if not 0 < budget < 1:
+            parser.error(f"--budgets: {budget:g} is not a share of the context between 0 and 1, such as 1/32")
+    if "features" in (options.completions or ()) and not options.features_file:
         parser.error("--completions features needs --features-file")
     return options

@@ -95,8 +95,17 @@ class Case:
     completion: str
 
     def options(self, features_file: Path | None = None) -> RCTopKConfig:
-        """The engine's options for it; refuses what an engine would refuse."""
+        """The engine's options for it.
+
+        Raises:
+            ValueError: what an engine would refuse; or scores of another query, added up as a mass of this one.
+        """
         learned = self.completion == LEARNED
+        if self.selection == SnapKV.name and not learned and make_completion(self.completion).needs_mass:
+            raise ValueError(
+                f"completion {self.completion} adds up scores of this query, which {SnapKV.name} has none of; take "
+                f"{Selection(SnapKV.name).completion} or none"
+            )
         return Selection.parse(self.selection).options(
             budget=int(self.context * self.budget),
             completion=self.completion,
@@ -109,14 +118,19 @@ def cases(
     task: str,
     budgets: Iterable[float],
     selections: Iterable[str],
-    completions: Iterable[str],
+    completions: Iterable[str] | None,
 ) -> Iterator[Case]:
-    """All rows of one task and context, dense first."""
+    """All rows of one task and context, dense first. Without completions, those of ``usual_completions``."""
     yield Case(context, task, 1.0, DENSE, DENSE)
     for budget in budgets:
         for selection in selections:
-            for completion in completions:
+            for completion in completions or usual_completions(selection):
                 yield Case(context, task, budget, selection, completion)
+
+
+def usual_completions(selection: str) -> list[str]:
+    """Selection alone, and the completion that it comes with."""
+    return ["none", Selection.parse(selection).completion]
 
 
 @dataclass(frozen=True)
@@ -218,10 +232,14 @@ class Journal:
         """``header`` says what the rows depend on; a journal with another header is refused."""
         self.path, self.header = path, header
         self.rows: dict[Case, dict[str, Any]] = {}
-        if not path.exists():
-            path.write_text(json.dumps(header) + "\n")
+        # Lines that were not finished when the run was ended are measured again.
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text or not whole:
+            path.write_text(whole or json.dumps(header) + "\n")
+        if not whole:
             return
-        first, *lines = path.read_text().splitlines()
+        first, *lines = whole.splitlines()
         if json.loads(first) != json.loads(json.dumps(header)):
             raise ValueError(
                 f"{path} was made with other arguments ({first}); delete it or choose another --out"
@@ -232,9 +250,15 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """A journal that there is, whatever its arguments were."""
+        """A journal that there is, whatever its arguments were.
+
+        Raises:
+            FileNotFoundError: there is none, or nothing in it.
+        """
         with path.open() as file:
-            return cls(path, json.loads(file.readline()))
+            if not (first := file.readline()):
+                raise FileNotFoundError(f"{path} is empty")
+            return cls(path, json.loads(first))
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep a row."""

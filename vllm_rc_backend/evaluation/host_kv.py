@@ -230,7 +230,7 @@ def gather(load: Load) -> dict[str, Any]:
     source = torch.zeros(1 << 30, dtype=torch.int8, pin_memory=True)
     copy = torch.empty_like(source, device=device)
     whole = seconds(lambda: copy.copy_(source, non_blocking=True), 5)
-    found: dict[str, Any] = {"copy_gb_per_s": copy.nbytes / whole / 1e9}
+    found: dict[str, Any] = {"context": context, "layers": 1, "copy_gb_per_s": copy.nbytes / whole / 1e9}
     table = torch.arange(blocks, dtype=torch.int32, device=device).view(rows, -1)
     lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -254,10 +254,12 @@ def gather(load: Load) -> dict[str, Any]:
             chosen.copy_(next(turns))
             replay()
 
+        for _ in range(WARM_UP):
+            step()
         pages.counters.zero_()
-        missing = seconds(step, TIMES)
+        missing = seconds(step, TIMES, warm_up=0)
         counts = dict(zip(COUNTERS, pages.counters.tolist(), strict=True))
-        nbytes = counts["tokens_fetched"] * 2 * size * kv.element_size() / (TIMES + WARM_UP)
+        nbytes = counts["tokens_fetched"] * 2 * size * kv.element_size() / TIMES
         found[order] = {
             "gb_per_s": nbytes / missing / 1e9,
             "found": counts["pages_found"] / counts["pages_wanted"],
@@ -284,10 +286,10 @@ def capture(
     return graph.replay
 
 
-def seconds(launch: Callable[[], Any], times: int) -> float:
+def seconds(launch: Callable[[], Any], times: int, warm_up: int = WARM_UP) -> float:
     """Of one launch, on the device, in the mean, after some that are not timed."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         launch()
     begin.record()
     for _ in range(times):

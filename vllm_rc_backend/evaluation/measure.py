@@ -9,6 +9,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from vllm_rc_backend.evaluation.llama import Attention, KVCache, Llama
@@ -28,7 +29,7 @@ class Estimate:
 
     @classmethod
     def of_means(cls, values: Tensor, weights: Tensor) -> Estimate:
-        """Weighted mean of one value per sample; the interval is the ratio estimator's over samples, normal.
+        """Weighted mean of one value per sample; the interval is the ratio estimator's over samples, by Student's t.
 
         Positions of one passage depend on each other, so samples, not positions, are what is independent.
         """
@@ -36,7 +37,7 @@ class Estimate:
         if n < 2:
             return cls(mean, math.nan, math.nan)
         spread = weights * (values - mean) / weights.mean()
-        half = Z95 * float(spread.square().sum().sqrt()) / math.sqrt(n * (n - 1))
+        half = float(stats.t.ppf(0.975, n - 1)) * float(spread.square().sum().sqrt()) / math.sqrt(n * (n - 1))
         return cls(mean, mean - half, mean + half)
 
     @classmethod

@@ -26,13 +26,24 @@ HELD_OUT_PACKAGES = (
 
 TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst"}
 SMALLEST_FILE, LARGEST_FILE = 2_000, 200_000
-"""Bytes. Short files say too little, and the longest are tables."""
+"""Bytes of the files in a folder. Short ones say too little, and the longest are tables."""
+FEW = 100
+"""Of fewer documents passages begin anywhere in them: those that begin where documents do would often be the same."""
 
 
 class Corpus:
     """Documents and the model's tokenizer."""
 
     def __init__(self, model: Path, documents: list[Path], seed: int = 0) -> None:
+        """
+        Raises:
+            ValueError: there are no documents.
+        """
+        if not documents:
+            raise ValueError(
+                f"no text to take passages from; needed: files ending in {', '.join(sorted(TEXT_SUFFIXES))} of "
+                f"{SMALLEST_FILE} to {LARGEST_FILE} bytes in a folder, or a single file of any size"
+            )
         self.tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.documents = documents
         random.Random(seed).shuffle(self.documents)
@@ -78,13 +89,24 @@ class Corpus:
         return {}
 
     def passage(self, length: int, rng: random.Random) -> list[int]:
-        """``length`` tokens of consecutive documents, BOS first."""
-        tokens = list(self.bos)
-        for document in self.stream(rng):
-            tokens += document
+        """``length`` tokens of consecutive documents, BOS first.
+
+        Raises:
+            ValueError: all documents together have fewer.
+        """
+        tokens, documents = list(self.bos), self.stream(rng)
+        if len(self.documents) < FEW:
+            start = next(documents)
+            tokens += start[rng.randrange(max(len(start), 1)) :]
+        for _ in self.documents:
             if len(tokens) >= length:
-                return tokens[:length]
-        raise AssertionError("the stream has no end")
+                break
+            tokens += next(documents)
+        if len(tokens) < length:
+            raise ValueError(
+                f"the text has {len(tokens)} tokens in all; needed: {length} for one passage, and more"
+            )
+        return tokens[:length]
 
     def lines(self, length: int, rng: random.Random) -> list[list[int]]:
         """A passage of ``length`` tokens as lines; the last is cut to end there."""
@@ -100,11 +122,18 @@ class Corpus:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """Text below a folder (or the file itself), sorted."""
-    files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    """Text below a folder (or the file itself), sorted.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such file or folder")
     return [
         f
-        for f in files
+        for f in sorted(folder.rglob("*"))
         if f.suffix in TEXT_SUFFIXES and f.is_file() and SMALLEST_FILE <= f.stat().st_size <= LARGEST_FILE
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_rc_backend.config import OptionError
@@ -11,11 +12,12 @@ GIB = 2**30
 RESERVE = GIB
 """Left to the rest of the machine: pinned memory can be neither swapped nor reclaimed."""
 
-CONTAINER = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Limit, usage, and the part of it that the kernel gives back when asked (files read long ago), by kind of cgroup."""
+CGROUPS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By controller, as ``/proc/self/cgroup`` names it (of the second version none): folder, limit, usage, and the part of
+it that the kernel gives back when asked (files read long ago)."""
 
 
 def free_bytes(root: Path = Path("/")) -> int:
@@ -26,15 +28,30 @@ def free_bytes(root: Path = Path("/")) -> int:
     """
     lines = (root / "proc/meminfo").read_text().splitlines()
     (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    free = [available]
-    for limit, usage, reclaimable in CONTAINER:
-        file = root / "sys/fs/cgroup" / limit
-        if not file.exists() or not (text := file.read_text().strip()).isdigit():  # "max": none
-            continue
-        stat = dict(line.split() for line in (file.parent / "memory.stat").read_text().splitlines())
-        used = int((root / "sys/fs/cgroup" / usage).read_text()) - int(stat[reclaimable])
-        free.append(max(int(text) - used, 0))
-    return min(free)
+    return min([available, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """Bytes that each cgroup around this process leaves it: its own, and all above that can be seen from here.
+
+    A batch system or a service manager sets its limit some levels down; a container sees its own at the top.
+    """
+    file = root / "proc/self/cgroup"
+    own = {"": "/", "memory": "/"}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        own |= dict.fromkeys(controllers.split(","), path)
+    for controller, (mount, limit, usage, reclaimable) in CGROUPS.items():
+        top = root / "sys/fs/cgroup" / mount
+        inner = top / own[controller].strip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(top):
+                break
+            if not (folder / limit).exists() or not (text := (folder / limit).read_text().strip()).isdigit():
+                continue  # none, or "max"
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / usage).read_text()) - int(stat[reclaimable])
+            yield max(int(text) - used, 0)
 
 
 def spare_bytes() -> int:

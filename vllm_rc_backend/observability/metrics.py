@@ -95,7 +95,9 @@ METRICS = (
     Metric("vllm_rc_topk_pages_found", "Those of them that were on the device.", "pages_found"),
     Metric("vllm_rc_topk_pages_evicted", "Pages that gave way to others on the device.", "pages_evicted"),
     Metric(
-        "vllm_rc_topk_host_bytes_fetched", "Bytes that decoding read from host memory.", "host_bytes_fetched"
+        "vllm_rc_topk_host_bytes_fetched",
+        "Bytes of pages that decode attention fetched from host memory.",
+        "host_bytes_fetched",
     ),
 )
 

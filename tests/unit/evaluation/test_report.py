@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vllm_rc_backend.evaluation.cli import main
-from vllm_rc_backend.evaluation.grid import Case, Journal, Selection, Shapes, published
+from vllm_rc_backend.evaluation.grid import Case, Journal, Selection, Shapes, cases, published
 from vllm_rc_backend.evaluation.measure import Estimate
 from vllm_rc_backend.evaluation.report import matched_reads
 
@@ -22,12 +24,13 @@ def test_wilson_interval() -> None:
     assert (share.low, share.high) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
-def test_the_interval_of_a_mean_covers_it() -> None:
+@pytest.mark.parametrize("samples", [3, 30])
+def test_the_interval_of_a_mean_covers_it(samples: int) -> None:
     covered = 0
-    for _ in range(300):
-        estimate = Estimate.of_means(torch.randn(30) + 2, torch.ones(30))
+    for _ in range(2000):
+        estimate = Estimate.of_means(torch.randn(samples) + 2, torch.ones(samples))
         covered += estimate.low <= 2 <= estimate.high
-    assert 265 <= covered <= 299
+    assert 1860 <= covered <= 1940  # 1900, and four standard deviations
 
 
 @pytest.mark.parametrize("text", ["box", "box:1@8", "runs@2/32", "runs+share", "box:1@8/32+sum", "snapkv"])
@@ -87,6 +90,86 @@ def test_a_journal_of_other_arguments_is_refused(tmp_path: Path) -> None:
     Journal(tmp_path / "rows.jsonl", {"seed": 0})
     with pytest.raises(ValueError, match="other arguments"):
         Journal(tmp_path / "rows.jsonl", {"seed": 1})
+
+
+def test_a_journal_that_ends_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path, header = tmp_path / "rows.jsonl", {"seed": 0}
+    entry = {"context": 8, "task": "t", "budget": 0.5, "selection": "s", "completion": "c", "kl": 0.1}
+    Journal(path, header).add(entry)
+    whole = path.read_text()
+    for torn in (whole + '{"context": 8, "ta', whole + whole.splitlines()[1]):
+        path.write_text(torn)
+        assert list(Journal(path, header).rows.values()) == [entry]
+        assert path.read_text() == whole
+    for torn in ("", '{"se'):
+        path.write_text(torn)
+        assert not Journal(path, header).rows
+        assert path.read_text() == '{"seed": 0}\n'
+
+
+def test_each_selection_has_its_completions() -> None:
+    found = {
+        (case.selection, case.completion)
+        for case in cases(1024, "held_out", [0.25], ["runs", "box", "snapkv"], None)
+    }
+    pairs = {("runs", "paged"), ("box", "linear"), ("snapkv", "linear")}
+    assert found == {("dense", "dense"), *pairs, *((name, "none") for name, _ in pairs)}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--selections", "box", "--completions", "paged"), "completion: got 'paged'"),
+        (
+            ("--selections", "snapkv", "--completions", "paged"),
+            "scores of this query, which snapkv has none of",
+        ),
+        (("--contexts", "512,1024", "--budgets", "1/32"), "budget: got 16"),
+        (("--contexts", "65536"), "--contexts 65536; allowed: up to the model's"),
+        (("--data", "/no/such/folder"), "/no/such/folder: no such file or folder"),
+        (("--model", "/no/such/model"), "/no/such/model"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    more: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("--model", str(ROOT / "examples" / "model"))
+    assert main([*model, "--out", str(tmp_path / "out"), "--device", "cpu", *more]) == 1
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_rows_of_other_weights_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(ROOT / "examples" / "model", tmp_path / "model")
+    arguments = [
+        *("--model", str(model), "--data", str(ROOT / "vllm_rc_backend"), "--out", str(tmp_path / "out")),
+        *(
+            "--contexts",
+            "512",
+            "--budgets",
+            "1/4",
+            "--tasks",
+            "multi_key",
+            "--prompts",
+            "2",
+            "--device",
+            "cpu",
+        ),
+    ]
+    assert main(arguments) == 0
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor / 2 for name, tensor in weights.items()}, file, {"format": "pt"})
+    assert main(arguments) == 1
+    assert "was made with other arguments" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("budgets", ["2", "0", "1"])
+def test_a_budget_is_a_share(budgets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", str(ROOT / "examples" / "model"), "--budgets", budgets])
+    assert "is not a share of the context between 0 and 1" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

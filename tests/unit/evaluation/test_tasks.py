@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,28 @@ LENGTH = 700
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
     return Corpus(ROOT / "examples" / "model", text_files(ROOT / "vllm_rc_backend"))
+
+
+def test_passages_of_few_documents_differ(tmp_path: Path) -> None:
+    (file := tmp_path / "one.dat").write_text(
+        "".join(f"{i} sheep jumped over fence {i}\n" for i in range(9000))
+    )
+    corpus = Corpus(ROOT / "examples" / "model", text_files(file))
+    rng = random.Random(0)
+    passages = [corpus.passage(LENGTH, rng) for _ in range(8)]
+    assert len({tuple(passage) for passage in passages}) == 8
+    assert all(len(passage) == LENGTH for passage in passages)
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words\n" * 200)
+    corpus = Corpus(ROOT / "examples" / "model", text_files(tmp_path))
+    with pytest.raises(ValueError, match="tokens in all; needed: 100000 for one passage"):
+        corpus.passage(100_000, random.Random(0))
+    with pytest.raises(ValueError, match="no text to take passages from"):
+        Corpus(ROOT / "examples" / "model", [])
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        text_files(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("wording", sorted(FORMATS))

@@ -120,6 +120,19 @@ CASES = {
 }
 
 
+def test_steps_are_counted_for_ever() -> None:
+    bench = Bench(60)
+    bench.write([400, 300, 37])
+    bench.cache.now.fill_(2**31 - 4)
+    numbers = []
+    for _ in range(8):
+        bench.write([1, 1, 1])
+        bench.read()
+        numbers.append(int(bench.cache.now))
+    assert numbers == [2**31 - 3, 2**31 - 2, 2**31 - 1, 1, 2, 3, 4, 5]
+    assert bench.cache.counters[2] > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_reads_are_the_pools_content(name: str) -> None:
     slots, changes = CASES[name]

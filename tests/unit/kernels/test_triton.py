@@ -58,9 +58,11 @@ def test_interpreted_page_cache_returns_what_the_pool_holds() -> None:
     run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files], TRITON_INTERPRET="1")
 
 
-def test_kernels_compile_for_hopper_without_spills() -> None:
+def test_kernels_compile_for_hopper_within_its_limits() -> None:
     for variant in json.loads(run(["-m", "tests.unit.kernels.triton_compiled"], TRITON_INTERPRET="0")):
-        assert variant["local_bytes"] == 0, f"{variant} spills registers"
+        assert variant["local_bytes"] == 0, f"{variant} has an array that is not in registers"
+        # Some registers spill in many variants. This many do in one, compiled by Triton 3.9 (docs/performance.md).
+        assert variant["stack_bytes"] <= 2048, f"{variant} spills registers"
         assert variant["shared_bytes"] <= 227 * 1024, f"{variant} does not fit"
         if variant["shortest_wait"] is not None and variant["stack_bytes"] == 0:
             assert variant["shortest_wait"] >= 50, f"{variant} waits for memory in each round of scoring"

@@ -44,6 +44,7 @@ VARIANTS = {
     "runs, head size 256, 16 query heads, a share": Case(
         **{**DEFAULT, "head_size": 256, "budget": 1 / 32}, **RUNS, completion="paged", group=16
     ),
+    "runs, head size 256": Case(**{**DEFAULT, "head_size": 256}, **RUNS, completion="paged"),
     "page cache": Case(**DEFAULT, **RUNS, completion="paged", cache_slots=64),
     "selection only": Case(**DEFAULT, **RUNS, completion="none"),
     "share": Case(**DEFAULT, **SHARE, completion="paged"),
