@@ -151,11 +151,13 @@ class RCTopKCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             )
         if self.meter is not None:
             self.meter.step()
+        # Before the prefills': FlashAttention's builder looks at the model's windows at its first call, and not with
+        # fast_build.
+        whole = super().build(0, common, fast_build) if self.any_dense else None
         prefill = None
         if prefills and self.any_sparse:
             # FlashAttention's schedule is made for a whole batch; fast_build leaves it out.
             prefill = super().build(0, _from_row(common, decodes, decode_tokens), fast_build=True)
-        whole = super().build(0, common, fast_build) if self.any_dense else None
         return RCTopKCUDAMetadata(
             num_actual_tokens=common.num_actual_tokens,
             whole=whole,
@@ -229,6 +231,7 @@ def reserve_workspaces(vllm_config: Any) -> None:
 def attach(vllm_config: Any, layers: dict[str, SparseLayer]) -> None:
     """Make the layers' attention objects, now that the block size of their block table is known."""
     compat.let_compile_hooks_pass()
+    compat.mend_older_runners()
     owners = compat.attention_layers(vllm_config)
     for name, layer in layers.items():
         assert layer.store is not None

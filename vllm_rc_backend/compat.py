@@ -86,6 +86,46 @@ def let_compile_hooks_pass() -> None:
     jit.serialize_specialization_data = serialize_specialization_data
 
 
+def mend_older_runners() -> None:
+    """Two things that vLLM's GPU runners do between steps and that would leave us wrong numbers. Idempotent.
+
+    Before 0.33 the V2 runner leaves the last step's pages in the rows of a batch that only keeps other data-parallel
+    ranks company: they would be planned as if they were read. 0.26's V1 runner sets the tensors of fp8 scales to 1 when
+    it wakes from sleep, and not the numbers that captured kernels have; the KV cache is then written by the tensors.
+    """
+    import torch
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    dummy = BlockTables.get_dummy_block_tables
+    if not {"zero_", "serves_rc_topk"} & {*dummy.__code__.co_names, *vars(dummy)}:
+
+        @functools.wraps(dummy)
+        def get_dummy_block_tables(self: Any, num_reqs: int) -> Any:
+            tables = dummy(self, num_reqs)
+            for table in tables:
+                table.zero_()
+            return tables
+
+        get_dummy_block_tables.serves_rc_topk = True  # type: ignore[attr-defined]
+        BlockTables.get_dummy_block_tables = get_dummy_block_tables
+
+    reset = getattr(GPUModelRunner, "init_fp8_kv_scales", None)
+    if reset is None or hasattr(reset, "serves_rc_topk"):
+        return
+
+    @functools.wraps(reset)
+    def init_fp8_kv_scales(self: Any) -> None:
+        reset(self)
+        for layer in self.compilation_config.static_forward_context.values():
+            for name in ("_k_scale", "_v_scale"):
+                if isinstance(scale := getattr(layer, name, None), torch.Tensor):
+                    scale.fill_(getattr(layer, f"{name}_float"))
+
+    init_fp8_kv_scales.serves_rc_topk = True  # type: ignore[attr-defined]
+    GPUModelRunner.init_fp8_kv_scales = init_fp8_kv_scales
+
+
 def let_cpu_platform_choose(member: Any) -> None:
     """Let vLLM's CPU platform take this backend: it ignores the flag otherwise. Only there, only for this member."""
     from vllm.platforms import current_platform

@@ -62,7 +62,7 @@ class RCTopKConfig:
     )
     tail_tokens: int = _option(
         16,
-        "an integer from 1 up",
+        "an integer from 2 up",
         "Last tokens of the sequence, always read exactly. The unfinished page is always part of the tail, which "
         "therefore holds between tail_tokens and tail_tokens + page_size - 1 tokens.",
     )
@@ -169,7 +169,9 @@ class RCTopKConfig:
                 self._allowed("sink_tokens"),
                 f"page_size is {self.page_size}.",
             )
-        self._integer("tail_tokens", 1)
+        # With 1 a page would be in the mid region in the step after its last token was written, of another sequence in
+        # that very step: vLLM shares a block when it is scheduled.
+        self._integer("tail_tokens", 2)
         self._integer("dense_threshold", 0)
         self._one_of("selection", sorted(POLICIES))
         self._one_of("group_rule", GROUP_RULES)

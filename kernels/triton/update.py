@@ -1,7 +1,7 @@
 """What decodes add to the summaries: in a step of decodes alone before any layer, for all layers in one launch.
 
 A page enters a row's mid region at the earliest one step after its last token was written (``tail_tokens`` is at least
-1), so what is summed up here has been in the cache of every layer since an earlier step. Beside prefills that does not
+2), so what is summed up here has been in the cache of every layer since an earlier step. Beside prefills that does not
 hold, see ``summaries_triton.SummaryUpdater``. In most steps no row has anything to add, and every program ends at once.
 """
 

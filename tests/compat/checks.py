@@ -388,16 +388,22 @@ def check_memory_is_counted_as_taken_only_if_vllm_will_find_it_taken() -> None:
     assert taken(allocated=-10, free=-10) == 0, "the former engine's tensors went meanwhile"
 
 
-def check_the_pool_alone_is_allocated_where_it_is_told_to() -> None:
-    """What kv_residency=host relies on: one place through which vLLM allocates its KV pool and nothing else."""
-    from types import ModuleType, SimpleNamespace
+def import_without_a_gpu() -> None:
+    """Stand in for a module that the worker imports and that builds Triton kernels then, which needs a GPU."""
+    from types import ModuleType
 
-    import torch
-
-    # It builds Triton kernels when it is imported, which needs a GPU; the worker imports it.
     scan = ModuleType("vllm.model_executor.layers.mamba.ops.ssd_chunk_scan")
     scan._chunk_scan_fwd = None  # type: ignore[attr-defined]
     sys.modules.setdefault(scan.__name__, scan)
+
+
+def check_the_pool_alone_is_allocated_where_it_is_told_to() -> None:
+    """What kv_residency=host relies on: one place through which vLLM allocates its KV pool and nothing else."""
+    from types import SimpleNamespace
+
+    import torch
+
+    import_without_a_gpu()
     from vllm.v1.worker import gpu_worker
     from vllm.v1.worker.gpu import attn_utils
 
@@ -451,6 +457,38 @@ def check_the_pools_size_may_be_given() -> None:
     ):
         with changed(section, name, value), pytest.raises(UnsupportedError, match=flag):
             own_pool_bytes(config, 1 << 28)
+
+
+def check_what_older_runners_leave_is_mended() -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from vllm_rc_backend.compat import mend_older_runners
+
+    import_without_a_gpu()
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    mend_older_runners()
+    mend_older_runners()
+    tables = SimpleNamespace(input_block_tables=[torch.full((4, 3), 7)], _num_dirty_rows=0)
+    (rows,) = BlockTables.get_dummy_block_tables(tables, 2)
+    assert rows.shape == (2, 3)
+    assert not rows.any()
+
+    from vllm.v1.worker.gpu_model_runner import Attention, GPUModelRunner
+
+    if hasattr(GPUModelRunner, "init_fp8_kv_scales"):
+        layer = Attention.__new__(Attention)
+        torch.nn.Module.__init__(layer)
+        layer._k_scale, layer._v_scale = torch.zeros(1), torch.zeros(1)
+        layer._k_scale_float, layer._v_scale_float = 0.25, 0.5
+        runner = SimpleNamespace(
+            cache_config=SimpleNamespace(cache_dtype="fp8"),
+            compilation_config=SimpleNamespace(static_forward_context={"a": layer, "state": object()}),
+        )
+        GPUModelRunner.init_fp8_kv_scales(runner)
+        assert (float(layer._k_scale), float(layer._v_scale)) == (0.25, 0.5)
 
 
 def check_layers_are_found() -> None:

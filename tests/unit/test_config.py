@@ -62,7 +62,7 @@ def test_every_option_has_refusals_tested() -> None:
         {"budget": 1 / 32},
         {"budget": 4096},
         {"budget": 512.0},
-        {"sink_tokens": 0, "tail_tokens": 1, "budget": 32},
+        {"sink_tokens": 0, "tail_tokens": 2, "budget": 33},
         {"page_size": 32, "sink_tokens": 32},
         {"selection": "mean_var", "selection_weight": 1},
         {"selection": "oracle", "group_rule": "softmax", "completion": "none"},
