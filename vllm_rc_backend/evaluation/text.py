@@ -27,7 +27,7 @@ HELD_OUT_PACKAGES = (
 TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst"}
 SMALLEST_FILE, LARGEST_FILE = 2_000, 200_000
 """Bytes of the files in a folder. Short ones say too little, and the longest are tables."""
-FEW = 100
+FEW = 20
 """Of fewer documents passages begin anywhere in them: those that begin where documents do would often be the same."""
 
 
