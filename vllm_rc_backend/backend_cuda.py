@@ -327,8 +327,8 @@ class RCTopKCUDAImpl(SparseImpl, FlashAttentionImpl):
             )
         attention, decodes = self.sparse_layer.attention, meta.num_decodes
         attention.bind(kv_cache, layer._k_scale_float, layer._v_scale_float)
-        table, seq_lens = meta.block_table[decodes:], meta.seq_lens[decodes:]
         if meta.prefill is not None:
+            table, seq_lens = meta.block_table[decodes:], meta.seq_lens[decodes:]
             # Before the decodes, which may share blocks that prefills fill in this step (``SummaryUpdater``).
             plan = None if meta.plan is None else meta.plan.from_row(decodes)
             attention.update_prefill(

@@ -71,19 +71,27 @@ def let_compile_hooks_pass() -> None:
     """
     from triton.runtime import jit
 
-    original = jit.serialize_specialization_data
-    if getattr(original, "serves_rc_topk", False):
-        return
-
-    @functools.wraps(original)
-    def serialize_specialization_data(*args: Any, **kwargs: Any) -> str | None:
+    def describe_or_not(original: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
         try:
             return str(original(*args, **kwargs))
         except TypeError:
             return None
 
-    serialize_specialization_data.serves_rc_topk = True  # type: ignore[attr-defined]
-    jit.serialize_specialization_data = serialize_specialization_data
+    _wrap_once(jit, "serialize_specialization_data", describe_or_not)
+
+
+def _wrap_once(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Put ``around``, which gets the original and its arguments, in place of a function. Idempotent."""
+    original = getattr(owner, name)
+    if getattr(original, "serves_rc_topk", False):
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapper.serves_rc_topk = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapper)
 
 
 def mend_older_runners() -> None:
@@ -97,33 +105,23 @@ def mend_older_runners() -> None:
     from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    dummy = BlockTables.get_dummy_block_tables
-    if not {"zero_", "serves_rc_topk"} & {*dummy.__code__.co_names, *vars(dummy)}:
+    def emptied(original: Callable[..., Any], tables: Any, num_reqs: int) -> Any:
+        found = original(tables, num_reqs)
+        for table in found:
+            table.zero_()
+        return found
 
-        @functools.wraps(dummy)
-        def get_dummy_block_tables(self: Any, num_reqs: int) -> Any:
-            tables = dummy(self, num_reqs)
-            for table in tables:
-                table.zero_()
-            return tables
-
-        get_dummy_block_tables.serves_rc_topk = True  # type: ignore[attr-defined]
-        BlockTables.get_dummy_block_tables = get_dummy_block_tables
-
-    reset = getattr(GPUModelRunner, "init_fp8_kv_scales", None)
-    if reset is None or hasattr(reset, "serves_rc_topk"):
-        return
-
-    @functools.wraps(reset)
-    def init_fp8_kv_scales(self: Any) -> None:
-        reset(self)
-        for layer in self.compilation_config.static_forward_context.values():
+    def as_the_kernels_have_them(original: Callable[..., Any], runner: Any) -> None:
+        original(runner)
+        for layer in runner.compilation_config.static_forward_context.values():
             for name in ("_k_scale", "_v_scale"):
                 if isinstance(scale := getattr(layer, name, None), torch.Tensor):
                     scale.fill_(getattr(layer, f"{name}_float"))
 
-    init_fp8_kv_scales.serves_rc_topk = True  # type: ignore[attr-defined]
-    GPUModelRunner.init_fp8_kv_scales = init_fp8_kv_scales
+    if "zero_" not in BlockTables.get_dummy_block_tables.__code__.co_names:  # before 0.33
+        _wrap_once(BlockTables, "get_dummy_block_tables", emptied)
+    if hasattr(GPUModelRunner, "init_fp8_kv_scales"):  # 0.26
+        _wrap_once(GPUModelRunner, "init_fp8_kv_scales", as_the_kernels_have_them)
 
 
 def let_cpu_platform_choose(member: Any) -> None:

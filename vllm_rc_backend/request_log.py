@@ -26,12 +26,12 @@ class RequestLog(StatLoggerBase):  # type: ignore[misc]  # vLLM is not typed
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         self.layout: StoreLayout | None = None
-        self.writer = ThreadPoolExecutor(1, "rc-topk-requests")
         if not compat.uses_rc_topk(vllm_config):
             return
         config = RCTopKConfig.from_additional_config(vllm_config.additional_config)
         if config.log_requests:
             self.layout = layout(config, vllm_config)
+            self.writer = ThreadPoolExecutor(1, "rc-topk-requests")
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0

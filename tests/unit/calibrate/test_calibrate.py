@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_rc_backend.calibrate.cli import main
-from vllm_rc_backend.calibrate.learn import Maps, learn, loss
+from vllm_rc_backend.calibrate.learn import Learned, Maps, Progress, learn, loss
 from vllm_rc_backend.calibrate.record import Recording
 from vllm_rc_backend.completion.feature_file import FeatureFile, fingerprint
 
@@ -28,17 +28,15 @@ def recording(seed: int) -> Recording:
     return Recording(query.unflatten(1, (WINDOW, GROUP)), keys, keys @ mixing)
 
 
+def learn_in(most: int, progress: Progress = lambda *_: None) -> Learned:
+    """Maps from four recordings, in so many steps."""
+    training = [recording(i) for i in range(4)]
+    return learn(training, [recording(9)], features=16, steps=most, patience=3, seed=0, progress=progress)
+
+
 def test_learning_lowers_the_loss_on_what_it_did_not_see() -> None:
     steps: list[int] = []
-    learned = learn(
-        [recording(i) for i in range(4)],
-        [recording(9)],
-        features=16,
-        steps=200,
-        patience=3,
-        seed=0,
-        progress=lambda step, _: steps.append(step),
-    )
+    learned = learn_in(200, lambda step, _: steps.append(step))
     assert learned.best_loss < 0.93 * learned.first_loss
     assert steps == list(range(1, learned.steps + 1)[: len(steps)])
 
@@ -73,15 +71,7 @@ def test_one_sequence_is_too_few(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_few_steps_are_not_in_vain() -> None:
-    learned = learn(
-        [recording(i) for i in range(4)],
-        [recording(9)],
-        features=16,
-        steps=45,
-        patience=3,
-        seed=0,
-        progress=lambda *_: None,
-    )
+    learned = learn_in(45)
     assert learned.best_loss < learned.first_loss
 
 
