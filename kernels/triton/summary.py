@@ -65,8 +65,7 @@ def plan_kernel(
     begin = (seq_len - query_len) // g.page_size
     count = tl.where(real, seq_len // g.page_size - begin, 0)
     # Of a decode one page at most, of a prefill's chunk hundreds.
-    stale = page_of(table, begin, count > 0, g)
-    tl.store(page_slot + stale, -1, mask=count > 0)
+    tl.store(page_slot + page_of(table, begin, count > 0, g), -1, mask=count > 0)
     for start in range(1, tl.max(count, 0), BACK):
         i = start + tl.arange(0, BACK)[None, :]
         there = i < count[:, None]
