@@ -158,11 +158,10 @@ def score_pages(
     cols = tl.arange(0, S.block_d)
     member = heads < S.group
     step = splits * TILE
-    # Of three tiles, underway while the query is rotated. Asked for one tile ahead only, the answer may be waited for
-    # at the start of the next round by an instruction that the compiler has put there.
+    # Of two tiles, underway while the query is rotated. Asked for one tile ahead only, the answer may be waited for at
+    # the start of the next round by an instruction that the compiler has put there.
     page = _tile_pages(block_table, split * TILE, pages, g, TILE)
-    page_1 = _tile_pages(block_table, split * TILE + step, pages, g, TILE)
-    page_2 = _tile_pages(block_table, split * TILE + 2 * step, pages, g, TILE)
+    next_page = _tile_pages(block_table, split * TILE + step, pages, g, TILE)
     if S.query_map == "runs":
         first, second, third, fourth, factor, begin = query_parts(matrix, places, S)
         factor *= scale * LOG2_E
@@ -201,9 +200,8 @@ def score_pages(
             if S.vectors == 2:
                 scores += _products(codes, index + 1, unit2, high2, low2, factor2, S)
             scores *= LOG2_E
-        page = _copy(page_1)
-        page_1 = _copy(page_2)
-        page_2 = _tile_pages(block_table, start + 3 * step, pages, g, TILE)
+        page = _copy(next_page)
+        next_page = _tile_pages(block_table, start + 2 * step, pages, g, TILE)
         scores = _page_order(scores, TILE)
         if not S.by_share:
             if S.group_rule == "mean":
