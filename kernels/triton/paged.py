@@ -5,11 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
-def page_of(block_table, page, mask, g: tl.constexpr):
-    """Physical page ids of logical pages; ``block_table`` points to the row, without a mask all are real."""
-    at = block_table + page // g.pages_per_block
-    block = tl.load(at) if mask is None else tl.load(at, mask=mask, other=0)
+def page_in(block, page, g: tl.constexpr):
+    """Physical page ids of logical pages that are in these blocks."""
     return block * g.pages_per_block + page % g.pages_per_block
+
+
+@triton.jit
+def page_of(block_table, page, mask, g: tl.constexpr):
+    """Physical page ids of logical pages; ``block_table`` points to the row."""
+    return page_in(tl.load(block_table + page // g.pages_per_block, mask=mask, other=0), page, g)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton.language as tl
 from vllm_rc_backend.kernels.triton.linear import LOG2_E
 from vllm_rc_backend.kernels.triton.mass import add_masses
 from vllm_rc_backend.kernels.triton.matmul import INTERPRETED, dot
+from vllm_rc_backend.kernels.triton.paged import page_in
 from vllm_rc_backend.kernels.triton.runs import query_parts, run_scores
 from vllm_rc_backend.kernels.triton.topk import ordered_key
 
@@ -83,7 +84,7 @@ def _tile_pages(block_table, start, pages, g: tl.constexpr, TILE: tl.constexpr):
     row = tl.arange(0, TILE)
     i = start + row // 16 * 16 + row % 8 * 2 + row % 16 // 8
     page = tl.minimum(i, pages - 1) + g.sink_pages
-    return _constant(block_table + page // g.pages_per_block) * g.pages_per_block + page % g.pages_per_block
+    return page_in(_constant(block_table + page // g.pages_per_block), page, g)
 
 
 @triton.jit
